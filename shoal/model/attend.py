@@ -1,0 +1,77 @@
+"""What attends to what. A model hands its projections to one of these; it never knows which.
+
+`Packed` trains: documents lie end to end, each token sees the earlier tokens of its own segment, keys are rebuilt by
+*calling* the up-projection, so gradients and 8-bit leaves apply. `Absorbed` is the arithmetic that decoding from a
+cache rests on: W_up is folded into query and output, so scores and sums stay in the latent (C + R numbers a token).
+Both give the same result; a test says so.
+
+Shapes: T tokens, H heads, G key-value heads, K query dims, N nope, R rope, V value dims, C latent, S segments of L tokens.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoal.model.layers import Linear
+
+
+class Packed:
+    """Dense causal attention inside each segment. `lengths` sum to T; neighbours of equal length go in one call."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]  # (L, S)
+
+    def latent(
+        self,
+        layer: int,
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        c_TC: Tensor,
+        k_rope_TR: Tensor,
+        up: Linear,
+        scale: float,
+    ) -> Tensor:
+        H, N = q_nope_THN.shape[1:]
+        k_nope_THN, v_THV = up(c_TC).unflatten(-1, (H, -1)).tensor_split([N], dim=-1)
+        k_rope_THR = k_rope_TR[:, None].expand(-1, H, -1)
+        q_THK = torch.cat([q_nope_THN, q_rope_THR], -1)
+        k_THK = torch.cat([k_nope_THN, k_rope_THR], -1)
+        return self.heads(layer, q_THK, k_THK, v_THV, scale)
+
+    def heads(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float) -> Tensor:
+        rows = [length * count for length, count in self.runs]
+        parts = zip(*(x.split(rows) for x in (q_THK, k_TGK, v_TGV)), self.runs, strict=True)
+        return torch.cat([causal(q, k, v, scale, run[0]) for q, k, v, run in parts])  # [T, H, V]
+
+
+def causal(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float, L: int) -> Tensor:
+    """Segments of equal length L, end to end, in one batched call: [T, H, V]."""
+    q, k, v = (x.unflatten(0, (-1, L)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGV))  # [S, heads, L, dims]
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2).flatten(0, 1)
+
+
+class Absorbed:
+    """One segment, scores in the latent: (W_upᵀ q)·c + q_rope·k_rope. The twin that a paged cache is tested against."""
+
+    def latent(
+        self,
+        layer: int,
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        c_TC: Tensor,
+        k_rope_TR: Tensor,
+        up: Linear,
+        scale: float,
+    ) -> Tensor:
+        T, H, N = q_nope_THN.shape
+        up_k_HNC, up_v_HVC = up.weight.unflatten(0, (H, -1)).tensor_split([N], dim=1)
+        q_THC = torch.einsum("thn,hnc->thc", q_nope_THN, up_k_HNC)
+        scores_HTS = torch.einsum("thc,sc->hts", q_THC, c_TC) + torch.einsum("thr,sr->hts", q_rope_THR, k_rope_TR)
+        future = torch.ones(T, T, dtype=torch.bool, device=c_TC.device).triu(1)
+        p_HTS = (scores_HTS * scale).masked_fill(future, -torch.inf).softmax(-1, dtype=torch.float32).type_as(c_TC)
+        o_THC = torch.einsum("hts,sc->thc", p_HTS, c_TC)
+        return torch.einsum("thc,hvc->thv", o_THC, up_v_HVC)
