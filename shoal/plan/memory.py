@@ -1,0 +1,179 @@
+"""The bytes of a training step, part by part, before anything is allocated; and those of a cached token.
+
+    weights      2 a number in bf16 (norms, router and biases stay fp32)        4 throughout in fp32
+    masters      4 a number beside bf16 weights                                 none: fp32 weights are their own
+    moments      AdamW 2 × 4; Muon 4 on the matrices it moves, AdamW's 8 on embedding, head and vectors
+    gradients    as wide as the weights they belong to, or fp32 where several batches are accumulated
+    activations  what autograd keeps of a token between forward and backward, layer by layer
+    logits       one chunk of fp32 logits and its gradient; they never stand whole
+
+Activations are counted from the equations of each layer (V2 section 2.1, DeepSeekMoE section 3): the inputs of every
+product, norm and SwiGLU, and what attention saves. With recomputation only each layer's input stays, and one layer at
+a time is rebuilt. Left out: allocator slack, the interpreter and the libraries; `OVERHEAD` covers them.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from shoal.errors import ResourceError
+from shoal.model.config import GQAConfig, MLAConfig, ModelConfig
+from shoal.plan.flops import attention_parameters
+
+OVERHEAD = 1.15  # on everything counted: fragmentation, temporaries of one operation, libraries
+LOGITS_CHUNK = 1024  # tokens whose logits stand at once
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a step is computed, as far as memory cares. `tokens` are those of one micro batch."""
+
+    tokens: int
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    accumulates: bool = False
+    recompute: bool = False
+    logits_chunk: int = LOGITS_CHUNK
+
+    @property
+    def width(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4
+
+
+@dataclass(frozen=True)
+class Bytes:
+    weights: int
+    masters: int
+    moments: int
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A model's stored parameters by the treatment they get: `hidden` matrices are the ones Muon may move."""
+
+    hidden: int
+    embedding: int  # and head
+    vectors: int  # norms, biases, and the router, which stays fp32
+
+    @property
+    def total(self) -> int:
+        return self.hidden + self.embedding + self.vectors
+
+
+def numbers(config: ModelConfig) -> Numbers:
+    layers = [stored(config, i) for i in range(config.n_layers)]
+    modules = config.n_mtp * [stored(config, config.n_layers)]
+    hidden = sum(h for h, _ in layers + modules) + config.n_mtp * 2 * config.dim**2
+    vectors = sum(v for _, v in layers + modules) + config.dim * (1 + 3 * config.n_mtp)
+    return Numbers(hidden, config.vocab_size * config.dim * (1 if config.tie_embeddings else 2), vectors)
+
+
+def stored(config: ModelConfig, layer: int) -> tuple[int, int]:
+    """Numbers one layer stores, (in matrices, in vectors and the router)."""
+    a, m, d = config.attention, config.moe, config.dim
+    if isinstance(a, MLAConfig):
+        vectors = 2 * d + a.kv_lora_rank + (a.q_lora_rank or 0)
+    else:
+        vectors = 2 * d + a.bias * a.head_dim * (a.n_heads + 2 * a.n_kv_heads)
+    matrices = attention_parameters(a, d)
+    if m is None or not config.is_moe(layer):
+        return matrices + 3 * d * config.hidden_dim, vectors
+    experts = (m.n_routed_experts + m.n_shared_experts) * 3 * d * m.moe_dim
+    return matrices + experts, vectors + m.n_routed_experts * d
+
+
+def of_training(config: ModelConfig, step: Step) -> Bytes:
+    """Bytes of one training step at its peak, before `OVERHEAD`."""
+    n = numbers(config)
+    mixed = step.dtype == "bfloat16"
+    matrices = n.hidden + n.embedding
+    return Bytes(
+        weights=matrices * step.width + n.vectors * 4,
+        masters=matrices * 4 if mixed else 0,
+        moments=8 * n.total - (4 * n.hidden if step.optimizer == "muon" else 0),
+        gradients=matrices * (4 if step.accumulates else step.width) + n.vectors * 4,
+        activations=step.tokens * activation_bytes(config, step),
+        logits=2 * 4 * min(step.logits_chunk, step.tokens) * config.vocab_size,
+    )
+
+
+def activation_bytes(config: ModelConfig, step: Step) -> int:
+    """What a token leaves behind for backward."""
+    d, w = config.dim, step.width
+    layers = [saved(config, i) for i in range(config.n_layers)]
+    modules = config.n_mtp * [saved(config, config.n_layers) + 6 * d]  # embedding, two norms, their pair, final norm
+    if step.recompute:
+        return w * (len(layers) * d + max(layers + modules) + config.n_mtp * 7 * d + 2 * d)
+    return w * (sum(layers) + sum(modules) + 2 * d)
+
+
+def saved(config: ModelConfig, layer: int) -> int:
+    """Numbers one layer keeps of a token: inputs of norms and products, q, k, v and output of attention, SwiGLU."""
+    a, m, d = config.attention, config.moe, config.dim
+    if isinstance(a, MLAConfig):
+        qk = a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+        attention = 2 * qk + 2 * a.n_heads * a.v_head_dim + 2 * (a.q_lora_rank or 0) + 2 * a.kv_lora_rank
+    else:
+        attention = 2 * a.head_dim * (a.n_heads + a.n_kv_heads)
+    if m is None or not config.is_moe(layer):
+        feed_forward = 4 * config.hidden_dim  # gate, up, silu(gate), their product
+    else:
+        rows = m.n_activated * (2 * d + 4 * m.moe_dim)  # gathered input, weighted output
+        feed_forward = rows + m.n_shared_experts * 4 * m.moe_dim + 4 * m.n_routed_experts
+    return attention + feed_forward + 4 * d
+
+
+def check(config: ModelConfig, step: Step, memory_bytes: int) -> Bytes:
+    """The bytes of a step that fits; raises ResourceError, saying what would fit, for one that does not."""
+    need = of_training(config, step)
+    if need.total * OVERHEAD <= memory_bytes:
+        return need
+    raise ResourceError(
+        f"a training step of {step.tokens:,} tokens needs about {gib(need.total * OVERHEAD)}: "
+        + ", ".join(f"{name} {gib(n)}" for name, n in asdict(need).items() if n),
+        f"at most {gib(memory_bytes)}, the memory this machine can give",
+        what_fits(config, step, memory_bytes),
+    )
+
+
+def what_fits(config: ModelConfig, step: Step, memory_bytes: int) -> str:
+    """The nearest change that fits, as advice: fewer tokens, recomputation, or a smaller model."""
+    for recompute in dict.fromkeys((step.recompute, True)):
+        tokens = largest_tokens(config, replace(step, recompute=recompute), memory_bytes)
+        if tokens:
+            also = " with activation recomputation" if recompute and not step.recompute else ""
+            return f"at most {tokens:,} tokens a micro batch{also} fit: lower the micro batch or the context"
+    empty = of_training(config, replace(step, tokens=0))
+    share = int(memory_bytes / OVERHEAD / (empty.total / numbers(config).total))
+    return f"a model of up to about {share / 1e6:,.0f}M parameters fits here: take a smaller preset"
+
+
+def largest_tokens(config: ModelConfig, step: Step, memory_bytes: int) -> int:
+    """The largest micro batch that fits, in whole multiples of 64 tokens; 0 where none does."""
+    room = memory_bytes / OVERHEAD - of_training(config, replace(step, tokens=0)).total
+    room -= 2 * 4 * step.logits_chunk * config.vocab_size
+    return max(0, int(room / activation_bytes(config, step))) // 64 * 64
+
+
+def cache_bytes_per_token(config: ModelConfig, width: int = 2) -> int:
+    """What serving keeps of a token: per layer the latent and the rotary key (absorbed MLA), or keys and values."""
+    a = config.attention
+    per_layer = a.kv_lora_rank + a.qk_rope_head_dim if isinstance(a, MLAConfig) else 2 * a.n_kv_heads * a.head_dim
+    return width * config.n_layers * per_layer
+
+
+def grouped_cache_bytes_per_token(config: ModelConfig, heads_per_group: int, width: int = 2) -> int:
+    """The same model with grouped-query attention; one head a group is plain multi-head attention."""
+    a = config.attention
+    head_dim = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim if isinstance(a, MLAConfig) else 2 * a.head_dim
+    return width * config.n_layers * max(1, a.n_heads // heads_per_group) * head_dim
+
+
+def gib(n: float) -> str:
+    return f"{n / 2**30:,.2f} GiB"

@@ -1,0 +1,76 @@
+"""Bytes of a step and of a cached token, against published figures and the arithmetic of each part."""
+
+from dataclasses import replace
+
+import pytest
+
+from shoal.errors import ResourceError
+from shoal.model.config import GQAConfig
+from shoal.plan import memory
+from shoal.plan.memory import Step
+from tests.plan.test_flops import MODELS, V3
+
+GIB = 2**30
+
+
+def test_cache_bytes_are_the_published_ones():
+    assert memory.cache_bytes_per_token(V3) == 70_272
+    qwen_72b = replace(V3, n_layers=80, attention=GQAConfig(n_heads=64, n_kv_heads=8, head_dim=128), moe=None)
+    assert memory.cache_bytes_per_token(qwen_72b) == 327_680
+    llama_405b = replace(V3, n_layers=126, attention=GQAConfig(n_heads=128, n_kv_heads=8, head_dim=128), moe=None)
+    assert memory.cache_bytes_per_token(llama_405b) == 516_096
+
+
+def test_latent_cache_is_far_below_that_of_whole_heads():
+    whole = memory.grouped_cache_bytes_per_token(V3, heads_per_group=1)
+    assert whole == 2 * 61 * 128 * (192 + 128)
+    assert whole / memory.cache_bytes_per_token(V3) > 70
+
+
+def test_muon_keeps_one_moment_on_the_matrices_it_moves():
+    config = MODELS["v3"]
+    adamw, muon = (memory.of_training(config, Step(64, optimizer=o)) for o in ("adamw", "muon"))
+    assert adamw.moments == 8 * memory.numbers(config).total
+    assert adamw.moments - muon.moments == 4 * memory.numbers(config).hidden
+    assert replace(adamw, moments=0) == replace(muon, moments=0)
+
+
+def test_fp32_weights_are_their_own_masters():
+    n = memory.numbers(MODELS["v3"])
+    bf16 = memory.of_training(MODELS["v3"], Step(64))
+    fp32 = memory.of_training(MODELS["v3"], Step(64, dtype="float32"))
+    assert fp32.masters == 0 and fp32.weights == 4 * n.total
+    assert bf16.weights + bf16.masters == 6 * (n.hidden + n.embedding) + 4 * n.vectors
+    assert fp32.activations == 2 * bf16.activations
+
+
+def test_recomputation_keeps_less_and_grows_less_with_depth():
+    deep = replace(MODELS["v3"], n_layers=48)
+    for config in (MODELS["v3"], deep):
+        kept, rebuilt = (memory.of_training(config, Step(512, recompute=r)).activations for r in (False, True))
+        assert rebuilt < kept
+    assert memory.of_training(deep, Step(512, recompute=True)).activations < kept / 6
+
+
+def test_logits_never_stand_whole():
+    chunk = memory.of_training(V3, Step(65536, logits_chunk=1024)).logits
+    assert chunk == memory.of_training(V3, Step(1024, logits_chunk=1024)).logits == 2 * 4 * 1024 * 129280
+
+
+def test_a_step_that_does_not_fit_says_what_would():
+    with pytest.raises(ResourceError) as e:
+        memory.check(V3, Step(4096), 80 * GIB)
+    assert "GiB" in e.value.got and "80.00 GiB" in e.value.expected
+    assert "smaller preset" in e.value.fix
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_advice_fits_and_no_more_would(recompute):
+    config = replace(MODELS["v3"], n_layers=12)
+    limit = int(1.5 * memory.OVERHEAD * memory.of_training(config, Step(4096, recompute=recompute)).total)
+    step = Step(1 << 20, recompute=recompute)
+    tokens = memory.largest_tokens(config, step, limit)
+    assert tokens and f"{tokens:,} tokens" in memory.what_fits(config, step, limit)
+    memory.check(config, replace(step, tokens=tokens), limit)
+    with pytest.raises(ResourceError):
+        memory.check(config, replace(step, tokens=tokens + 64), limit)
