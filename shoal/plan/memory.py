@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from shoal.errors import ResourceError
-from shoal.model.config import GQAConfig, MLAConfig, ModelConfig
+from shoal.model.config import MLAConfig, ModelConfig
 from shoal.plan.flops import attention_parameters
 
 OVERHEAD = 1.15  # on everything counted: fragmentation, temporaries of one operation, libraries

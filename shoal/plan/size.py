@@ -87,13 +87,11 @@ def plan(
 
 
 def reasons(measured: Measured, minutes: float, step_seconds: float, reserve_seconds: float) -> tuple[str, ...]:
-    rate = measured.micro_tokens / measured.micro_seconds
-    return (
-        f"a micro batch of {measured.micro_tokens:,} tokens took {measured.micro_seconds:.2f} s here, "
-        f"{rate:,.0f} tokens/s; the update takes {measured.update_seconds:.2f} s more",
-        f"{minutes:g} minutes less {reserve_seconds:.0f} s for evaluation, samples and checkpoints hold "
-        f"{int((minutes * 60 - reserve_seconds) / step_seconds):,} steps of {step_seconds:.2f} s",
-    )
+    micro, update = measured.micro_seconds, measured.update_seconds
+    rate = f"{measured.micro_tokens:,} tokens took {micro:.2f} s here, {measured.micro_tokens / micro:,.0f} tokens/s"
+    steps = int((minutes * 60 - reserve_seconds) / step_seconds)
+    rest = f"{minutes:g} minutes less {reserve_seconds:.0f} s for evaluation, samples and checkpoints"
+    return f"{rate}; the update takes {update:.2f} s more", f"{rest} hold {steps:,} steps of {step_seconds:.2f} s"
 
 
 def accumulate(measured: Measured, seconds: float) -> int:

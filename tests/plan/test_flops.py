@@ -13,7 +13,9 @@ MODELS = {
     "v3": ModelConfig(80, 48, n_layers=3, hidden_dim=72, attention=LATENT, moe=SIGMOID, n_mtp=2),
     "v2": ModelConfig(80, 48, n_layers=3, hidden_dim=72, attention=FULL_QUERY, moe=SOFTMAX),
     "llama": ModelConfig(80, 48, n_layers=2, hidden_dim=72, attention=GQAConfig(4, 2, 12)),
-    "qwen": ModelConfig(80, 48, n_layers=2, hidden_dim=72, attention=GQAConfig(4, 2, 12, bias=True), tie_embeddings=True),
+    "qwen": ModelConfig(
+        80, 48, n_layers=2, hidden_dim=72, attention=GQAConfig(4, 2, 12, bias=True), tie_embeddings=True
+    ),
 }
 V3 = ModelConfig(
     129280, 7168, n_layers=61, hidden_dim=18432, n_mtp=1,
