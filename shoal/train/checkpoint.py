@@ -32,13 +32,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shoal.errors import CheckpointError, ResourceError, ShoalError
+from shoal.errors import CheckpointError, ResourceError
 from shoal.train import manifest
 
 STATE, COUNTERS = "train_state/state.safetensors", "train_state/counters.json"
 CHUNK_BYTES = 8 << 20  # hashed and written at a time
 SPARE_BYTES = 16 << 20  # room for the small files: config, tokenizer, headers
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAKE_ROOM = "free some space or keep fewer checkpoints, then continue with --resume"
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -156,10 +157,10 @@ def save(
             manifest.sync_directory(root)
         for _, old in [found for found in steps(root) if found[0] <= step][:-keep]:
             discard(old)
-    except ShoalError:
-        raise
     except Exception as error:
-        raise explained(error, final) from error
+        if told := explained(error, final):
+            raise told from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -219,21 +220,19 @@ def discard(folder: Path) -> None:
 def require_room(root: Path, step: int, n_bytes: int) -> None:
     free, needed = shutil.disk_usage(root).free, n_bytes + SPARE_BYTES
     if free < needed:
-        raise ResourceError(
-            f"{free / 2**30:.2f} GiB free in {root}, too little to save step {step}; earlier checkpoints are intact",
-            f"{needed / 2**30:.2f} GiB",
-            "free some space or keep fewer checkpoints, then continue with --resume",
-        )
+        got = f"{free / 2**20:,.0f} MiB free in {root}, too little to save step {step}; earlier checkpoints are intact"
+        raise ResourceError(got, f"{needed / 2**20:,.0f} MiB", MAKE_ROOM)
 
 
-def explained(error: Exception, final: Path) -> ShoalError:
-    """A failed write in words. The safetensors library reports a full disk only in its message."""
-    intact = f"{error}, while writing {final}; earlier checkpoints are intact"
-    full = isinstance(error, OSError) and error.errno in OUT_OF_SPACE or "os error 28" in str(error)
-    if full:
-        fix = "free some space or keep fewer checkpoints, then continue with --resume"
-        return ResourceError(f"the disk is full: {intact}", "room for one more checkpoint", fix)
-    if isinstance(error, OSError):
-        fix = "look at the disk (dmesg, permissions), then continue with --resume"
-        return CheckpointError(f"the disk refused: {intact}", "a disk that takes writes", fix)
-    raise error
+def explained(error: Exception, final: Path) -> CheckpointError | ResourceError | None:
+    """A failed write in words; None for what is no failure of the disk. The safetensors library gives no error
+    number, but says "os error 28"."""
+    told = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else told and int(told[1])
+    got = f"{error}, while writing {final}; earlier checkpoints are intact"
+    if number in OUT_OF_SPACE:
+        return ResourceError(f"the disk is full: {got}", "room for one more checkpoint", MAKE_ROOM)
+    if number:
+        fix = "look at the disk (dmesg) and its permissions, then continue with --resume"
+        return CheckpointError(f"the disk refused: {got}", "a disk that takes writes", fix)
+    return None

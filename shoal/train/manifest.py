@@ -4,8 +4,8 @@
 if not, which file is missing, cut, flipped or extra. `seal` writes it last and leaves everything on the disk (fsync),
 ready for an atomic rename. Files that pass through `HashedFile` are hashed on their way out; others are read once.
 
-The manifest vouches for itself by its form: it must be exactly the bytes `encode` would write, every number in it is
-checked against a file, and so no flipped byte goes unseen. This finds accidents. It is no signature.
+The manifest ends in its own SHA-256 and must be exactly the bytes that `encode` writes, so a byte flipped in it is not
+blamed on another file. This finds accidents. It is no signature.
 """
 
 import hashlib
@@ -59,11 +59,11 @@ def seal(folder: Path, step: int, known: Mapping[str, Entry]) -> None:
 
 def faults(folder: Path, step: int) -> list[str]:
     """Why `folder` is not the whole checkpoint of `step`, a line a file; an empty list means that it is."""
+    path = folder / NAME
+    if path.is_symlink() or not path.is_file():
+        return [f"{NAME}: {'not a regular file' if path.is_symlink() or path.exists() else 'missing'}"]
     try:
-        raw = (folder / NAME).read_bytes()
-        expected = decode(raw, step)
-    except FileNotFoundError:
-        return [f"{NAME}: missing"]
+        expected = decode(path.read_bytes(), step)
     except (OSError, ValueError) as error:
         return [f"{NAME}: {error}"]
     found = set(files(folder))
@@ -96,8 +96,9 @@ def files(folder: Path) -> Iterator[str]:
 
 
 def encode(step: int, entries: Mapping[str, Entry]) -> bytes:
-    body = {name: entry._asdict() for name, entry in sorted(entries.items())}
-    return json.dumps({"version": VERSION, "step": step, "files": body}, indent=1).encode() + b"\n"
+    body = {"version": VERSION, "step": step, "files": {name: entries[name]._asdict() for name in sorted(entries)}}
+    own = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps(body | {"sha256": own}, indent=1).encode() + b"\n"
 
 
 def decode(raw: bytes, step: int) -> dict[str, Entry]:
