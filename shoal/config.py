@@ -66,8 +66,13 @@ def to_toml(config: Any, origins: Mapping[str, str] | None = None) -> str:
 
 def from_toml(cls: type[T], text: str) -> T:
     """The inverse of `to_toml`, exactly. Keys that are missing take the dataclass's default."""
+    return from_table(cls, tomllib.loads(text))
+
+
+def from_table(cls: type[T], table: Mapping[str, Any]) -> T:
+    """The same of one table of a parsed file, so that a part of a config can be read without the class of the whole."""
     tree = _Node(cls, {})
-    _merge(tree, tomllib.loads(text), "", _Layer("config.toml", {}))
+    _merge(tree, table, "", _Layer("config.toml", {}))
     return tree.build()
 
 
