@@ -39,7 +39,7 @@ class Flops:
         return sum(astuple(self))
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other))))
+        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, n: float) -> "Flops":
         return Flops(*(n * a for a in astuple(self)))
@@ -101,8 +101,3 @@ def attention_parameters(a: MLAConfig | GQAConfig, dim: int) -> int:
 
 def head(config: ModelConfig) -> float:
     return 2.0 * config.dim * config.vocab_size
-
-
-def active_matrices(config: ModelConfig) -> float:
-    """N_active: numbers in the matrices that multiply a token on its way to the next one, the head's included."""
-    return (of_token(config, 0).total - of_token(config, 0).mtp) / 2

@@ -17,7 +17,7 @@ from typing import Literal
 
 from shoal.errors import ResourceError
 from shoal.model.config import MLAConfig, ModelConfig
-from shoal.plan.flops import attention_parameters
+from shoal.model.counts import count_parameters
 
 OVERHEAD = 1.15  # on everything counted: fragmentation, temporaries of one operation, libraries
 LOGITS_CHUNK = 1024  # tokens whose logits stand at once
@@ -67,25 +67,20 @@ class Numbers:
 
 
 def numbers(config: ModelConfig) -> Numbers:
-    layers = [stored(config, i) for i in range(config.n_layers)]
-    modules = config.n_mtp * [stored(config, config.n_layers)]
-    hidden = sum(h for h, _ in layers + modules) + config.n_mtp * 2 * config.dim**2
-    vectors = sum(v for _, v in layers + modules) + config.dim * (1 + 3 * config.n_mtp)
-    return Numbers(hidden, config.vocab_size * config.dim * (1 if config.tie_embeddings else 2), vectors)
+    counts = count_parameters(config)
+    vectors = config.dim * (1 + 3 * config.n_mtp)
+    vectors += sum(in_vectors(config, i) for i in range(config.n_layers + config.n_mtp))
+    embedding = counts.embedding + counts.head
+    return Numbers(counts.total + counts.mtp_total - embedding - vectors, embedding, vectors)
 
 
-def stored(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """Numbers one layer stores, (in matrices, in vectors and the router)."""
-    a, m, d = config.attention, config.moe, config.dim
+def in_vectors(config: ModelConfig, layer: int) -> int:
+    """One layer's norms and biases, and its router."""
+    a, d = config.attention, config.dim
+    router = config.moe.n_routed_experts * d if config.moe and config.is_moe(layer) else 0
     if isinstance(a, MLAConfig):
-        vectors = 2 * d + a.kv_lora_rank + (a.q_lora_rank or 0)
-    else:
-        vectors = 2 * d + a.bias * a.head_dim * (a.n_heads + 2 * a.n_kv_heads)
-    matrices = attention_parameters(a, d)
-    if m is None or not config.is_moe(layer):
-        return matrices + 3 * d * config.hidden_dim, vectors
-    experts = (m.n_routed_experts + m.n_shared_experts) * 3 * d * m.moe_dim
-    return matrices + experts, vectors + m.n_routed_experts * d
+        return 2 * d + a.kv_lora_rank + (a.q_lora_rank or 0) + router
+    return 2 * d + a.bias * a.head_dim * (a.n_heads + 2 * a.n_kv_heads) + router
 
 
 def of_training(config: ModelConfig, step: Step) -> Bytes:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from shoal.errors import ResourceError
 from shoal.model.config import ModelConfig
+from shoal.model.counts import count_parameters
 from shoal.plan import cost, flops, memory
 from shoal.plan.hardware import Machine
 
@@ -123,6 +124,6 @@ def largest(
         model = models[name]
         rate = measured.micro_tokens / measured.scaled_to(model).micro_seconds
         fits = memory.of_training(model, step).total * memory.OVERHEAD <= machine.memory_bytes
-        if fits and minutes * 60 * rate >= tokens_per_parameter * flops.active_matrices(model):
+        if fits and minutes * 60 * rate >= tokens_per_parameter * count_parameters(model).active:
             return name
     return by_work[0]

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from shoal.model.presets import PRESETS
 from shoal.plan import cost, flops, hardware
-from tests.plan.test_flops import V3
 
+V3 = PRESETS["v3-671b"]
 H800 = hardware.GPUS["H800"]
 TOKENS, RATE, GPUS = 14.8e12, 1543, 2048
 

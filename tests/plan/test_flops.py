@@ -1,32 +1,27 @@
 """FLOPs and parameters counted from a configuration, against torch's own counter and the published figures."""
 
+from dataclasses import replace
+
 import pytest
 
-from shoal.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from shoal.model.config import GQAConfig, MoEConfig
+from shoal.model.counts import count_parameters
+from shoal.model.presets import PRESETS
 from shoal.plan import flops, memory
 
-LATENT = MLAConfig(n_heads=4, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, q_lora_rank=40)
-FULL_QUERY = MLAConfig(n_heads=4, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
-SIGMOID = MoEConfig(8, 1, n_activated=3, moe_dim=20, n_group=4, topk_group=2)
-SOFTMAX = MoEConfig(8, 2, n_activated=2, moe_dim=20, scoring="softmax", norm_topk_prob=False)
+TINY, V3 = PRESETS["tiny"], PRESETS["v3-671b"]
+V2 = MoEConfig(8, 2, n_activated=2, moe_dim=20, scoring="softmax", norm_topk_prob=False)
 MODELS = {
-    "v3": ModelConfig(80, 48, n_layers=3, hidden_dim=72, attention=LATENT, moe=SIGMOID, n_mtp=2),
-    "v2": ModelConfig(80, 48, n_layers=3, hidden_dim=72, attention=FULL_QUERY, moe=SOFTMAX),
-    "llama": ModelConfig(80, 48, n_layers=2, hidden_dim=72, attention=GQAConfig(4, 2, 12)),
-    "qwen": ModelConfig(
-        80, 48, n_layers=2, hidden_dim=72, attention=GQAConfig(4, 2, 12, bias=True), tie_embeddings=True
-    ),
+    "v3": replace(TINY, n_mtp=2),
+    "v2": replace(TINY, moe=V2, n_mtp=0, attention=replace(TINY.attention, q_lora_rank=None)),
+    "llama": replace(TINY, moe=None, attention=GQAConfig(4, 2, 12)),
+    "qwen": replace(TINY, moe=None, attention=GQAConfig(4, 2, 12, bias=True), tie_embeddings=True),
 }
-V3 = ModelConfig(
-    129280, 7168, n_layers=61, hidden_dim=18432, n_mtp=1,
-    attention=MLAConfig(128, 512, 128, 64, 128, q_lora_rank=1536),
-    moe=MoEConfig(256, 1, n_activated=8, moe_dim=2048, n_dense_layers=3, n_group=8, topk_group=4),
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_flops_equal_those_torch_counts(config):
-    """torch counts attention as if nothing were masked, so a token of ours meets all T keys for this comparison."""
+    """torch counts attention as if nothing were masked, so here a token of ours meets all T keys."""
     torch = pytest.importorskip("torch")
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -48,27 +43,28 @@ def test_flops_equal_those_torch_counts(config):
     assert counter.get_total_flops() == T * 3 * flops.of_token(config, T).total
 
 
-@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_parameters_equal_the_models(config):
-    pytest.importorskip("torch")
+@pytest.mark.parametrize("config", [*MODELS.values(), V3], ids=[*MODELS, "v3-671b"])
+def test_parameters_are_sorted_as_the_optimizer_treats_them(config):
+    """`hidden`: matrices of the layers. `embedding`: with the head. `vectors`: what stays fp32 or is not a matrix."""
+    torch = pytest.importorskip("torch")
+    from shoal.model.moe import Router
     from shoal.model.transformer import Transformer
 
-    assert memory.numbers(config).total == sum(p.numel() for p in Transformer(config).parameters())
+    with torch.device("meta"):
+        model = Transformer(config)
+    routers = {id(m.weight) for m in model.modules() if isinstance(m, Router)}
+    found = {"hidden": 0, "embedding": 0, "vectors": 0}
+    for name, p in model.named_parameters():
+        vector = p.dim() == 1 or id(p) in routers
+        kind = "vectors" if vector else "embedding" if name.startswith(("embed.", "head.")) else "hidden"
+        found[kind] += p.numel()
+    assert memory.numbers(config) == memory.Numbers(**found)
 
 
-def test_v3_has_its_published_size():
-    n = memory.numbers(V3)
-    module = sum(memory.stored(V3, V3.n_layers)) + 2 * V3.dim**2 + 3 * V3.dim
-    assert round((n.total - module) / 1e9) == 671
-    assert module == pytest.approx(11.5e9, rel=0.01)  # published without its projection of two widths into one
-    assert round(flops.active_matrices(V3) / 1e9, 1) == 36.6  # the published 37B counts the embedding's look-up too
-
-
-def test_training_is_six_times_the_active_matrices_where_context_is_short():
-    config = MODELS["v2"]
-    assert flops.training(config, 1).total == pytest.approx(
-        6 * flops.active_matrices(config) + flops.training(config, 1).attention
-    )
+@pytest.mark.parametrize("config", [MODELS["v2"], V3], ids=["v2", "v3-671b"])
+def test_training_is_six_times_the_active_parameters_where_context_is_short(config):
+    work = flops.training(config, 1)
+    assert work.total - work.attention - work.mtp == pytest.approx(6 * count_parameters(config).active, rel=0.01)
 
 
 def test_causal_attention_grows_with_half_the_context():

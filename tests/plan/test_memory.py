@@ -6,11 +6,12 @@ import pytest
 
 from shoal.errors import ResourceError
 from shoal.model.config import GQAConfig
+from shoal.model.presets import PRESETS
 from shoal.plan import memory
 from shoal.plan.memory import Step
-from tests.plan.test_flops import MODELS, V3
 
 GIB = 2**30
+TINY, V3 = PRESETS["tiny"], PRESETS["v3-671b"]
 
 
 def test_cache_bytes_are_the_published_ones():
@@ -28,7 +29,7 @@ def test_latent_cache_is_far_below_that_of_whole_heads():
 
 
 def test_muon_keeps_one_moment_on_the_matrices_it_moves():
-    config = MODELS["v3"]
+    config = TINY
     adamw, muon = (memory.of_training(config, Step(64, optimizer=o)) for o in ("adamw", "muon"))
     assert adamw.moments == 8 * memory.numbers(config).total
     assert adamw.moments - muon.moments == 4 * memory.numbers(config).hidden
@@ -36,17 +37,17 @@ def test_muon_keeps_one_moment_on_the_matrices_it_moves():
 
 
 def test_fp32_weights_are_their_own_masters():
-    n = memory.numbers(MODELS["v3"])
-    bf16 = memory.of_training(MODELS["v3"], Step(64))
-    fp32 = memory.of_training(MODELS["v3"], Step(64, dtype="float32"))
+    n = memory.numbers(TINY)
+    bf16 = memory.of_training(TINY, Step(64))
+    fp32 = memory.of_training(TINY, Step(64, dtype="float32"))
     assert fp32.masters == 0 and fp32.weights == 4 * n.total
     assert bf16.weights + bf16.masters == 6 * (n.hidden + n.embedding) + 4 * n.vectors
     assert fp32.activations == 2 * bf16.activations
 
 
 def test_recomputation_keeps_less_and_grows_less_with_depth():
-    deep = replace(MODELS["v3"], n_layers=48)
-    for config in (MODELS["v3"], deep):
+    deep = replace(TINY, n_layers=48)
+    for config in (TINY, deep):
         kept, rebuilt = (memory.of_training(config, Step(512, recompute=r)).activations for r in (False, True))
         assert rebuilt < kept
     assert memory.of_training(deep, Step(512, recompute=True)).activations < kept / 6
@@ -66,7 +67,7 @@ def test_a_step_that_does_not_fit_says_what_would():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_advice_fits_and_no_more_would(recompute):
-    config = replace(MODELS["v3"], n_layers=12)
+    config = replace(TINY, n_layers=12)
     limit = int(1.5 * memory.OVERHEAD * memory.of_training(config, Step(4096, recompute=recompute)).total)
     step = Step(1 << 20, recompute=recompute)
     tokens = memory.largest_tokens(config, step, limit)

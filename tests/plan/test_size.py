@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from shoal.errors import ResourceError
+from shoal.model.presets import PRESETS
 from shoal.plan import hardware, memory, size
 from shoal.plan.memory import Step
-from tests.plan.test_flops import MODELS
 
-CONFIG = replace(MODELS["v3"], dim=256, vocab_size=4096, n_layers=4)
+CONFIG = PRESETS["mini"]
 MACHINE = hardware.cpu("two threads", 8e11, 2e11, 2e10, 8 << 30, threads=2)
 MEASURED = size.Measured(CONFIG, context=512, micro_tokens=4096, micro_seconds=0.4, update_seconds=0.05)
 
