@@ -1,18 +1,19 @@
 """Documents to tokens on disk: tokenise once, then map the file into memory.
 
-    sources → drop exact duplicates → split by hash → BPE on the training part → [BOS] tokens [EOS] of each document
+    sources → drop exact duplicates → split by hash → BPE on the training part → [BOS] tokens [EOS] each
 
     corpus.json   tokenizer.json   tokenizer_config.json
-    train/tokens.bin (uint16, or uint32 for more than 65,536 tokens)   train/doc_starts.bin (int64, one more than documents)
+    train/tokens.bin (uint16, or uint32 for more than 65,536 tokens)   train/doc_starts.bin (int64)
     val/…
 
-A document is held out by the last hex digit of its SHA-256, so the split never moves when sources are added, and equal
-documents can't stand on both sides (checked on what was written all the same). The corpus is built in a folder beside
-its place and renamed when whole. `prepare` keeps corpora in a cache under a key of everything they depend on, so a second
-start costs a look at file dates.
+A document is held out by the last hex digit of its SHA-256, so the split never moves when sources are added, and
+equal documents can't stand on both sides (checked on what was written all the same). The corpus is built in a folder
+beside its place and renamed when whole. `prepare` keeps corpora in a cache under a key of everything they depend on, so
+a second start costs a look at file dates.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +32,8 @@ from shoal.data.tokenizer import Special, Tokenizer
 from shoal.errors import DataError, ResourceError
 
 FORMAT = 1
+FIX = "remove the folder and prepare the corpus again"
+FIX_EMPTY = "give sources with more text (about one document in 16 is held out), or more digits in val_suffixes"
 TOKENIZER_BYTES = 2**28  # of text are enough to learn merges from
 ENCODE_CHARS = 2**22  # encoded at once, so that memory stays flat
 
@@ -68,6 +71,20 @@ class Corpus:
             raise DataError(f"{folder} with a changed tokenizer.json", "the one it was encoded with", FIX)
         return cls(folder, info, tokenizer, *(open_split(folder / name, info) for name in ("train", "val")))
 
+    def held_out(self, source: str) -> Split:
+        """The held-out documents of one source, named as in the settings without @count (or :count)."""
+        names = (k["source"] for k in self.info["sources"])
+        found = [
+            kind["documents"]["val"]
+            for name, kind in zip(names, self.info["sources"])
+            if source in (name, name.partition(":")[0])
+        ]
+        if not found or found[0][0] == found[0][1]:
+            raise DataError(f"no held-out documents of {source}", "a source of this corpus", FIX_EMPTY)
+        starts = self.val.doc_starts[found[0][0] : found[0][1] + 1]
+        tokens = self.val.tokens[starts[0] : starts[-1]]
+        return Split(tokens, starts - starts[0], int(self.tokenizer.byte_lengths()[tokens].sum()))
+
     def verify(self) -> None:
         """Read every token again and compare hashes. Raises DataError that names the damaged file."""
         for name in ("train", "val"):
@@ -78,27 +95,28 @@ class Corpus:
         """Raises DataError where a model of `vocab_size` has no row for some token."""
         if self.tokenizer.vocab_size > vocab_size:
             got = f"a model of {vocab_size} tokens and a corpus of {self.tokenizer.vocab_size}"
-            raise DataError(got, "a model vocabulary at least as large", "prepare the corpus with the model's tokenizer")
+            raise DataError(
+                got, "a model vocabulary at least as large", "prepare the corpus with the model's tokenizer"
+            )
 
 
-FIX = "prepare the corpus again"
-
-
-def prepare(config: DataConfig, generators: Mapping[str, Generator] = {}, out: Path | None = None) -> Corpus:
+def prepare(config: DataConfig, generators: Mapping[str, Generator] | None = None, out: Path | None = None) -> Corpus:
     """The corpus that `config` describes, from the cache (or from `out`) when it is there, else built.
 
     `generators` are the generated sources by name: the tasks room's worked items, passed in from above.
     """
-    sources = [resolve(spec, generators) for spec in config.sources]
+    sources = [resolve(spec, generators or {}) for spec in config.sources]
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     settings = [config.val_suffixes, given.sha256 if given else config.vocab_size]
-    key = hashlib.sha256(json.dumps([FORMAT, settings, [(s.name, s.stamp, s.repeat) for s in sources]]).encode())
-    folder = Path(out) if out else cache_root() / "corpora" / key.hexdigest()[:16]
-    if not folder.exists():
-        with whole_folder(folder) as draft:
-            build(draft, sources, config, given, key.hexdigest())
+    asked = json.dumps([FORMAT, settings, [(s.name, s.stamp, s.repeat) for s in sources]])
+    key = hashlib.sha256(asked.encode()).hexdigest()
+    folder = Path(out) if out else cache_root() / "corpora" / key[:16]
+    with locked(folder.parent):  # a second process waits here, then finds the corpus whole
+        if not folder.exists() or not any(folder.iterdir()):
+            with whole_folder(folder) as draft:
+                build(draft, sources, config, given, key)
     corpus = Corpus.open(folder)
-    if corpus.info["key"] != key.hexdigest():
+    if corpus.info["key"] != key:
         raise DataError(f"{folder}, which holds another corpus", "an empty place", "choose another --out or remove it")
     return corpus
 
@@ -108,16 +126,29 @@ def cache_root() -> Path:
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise DataError(f"{folder}: {e.strerror}", "a folder to write in", "choose another, or set SHOAL_CACHE") from e
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A draft folder that takes its name when the block ends well, and vanishes when it doesn't."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)  # left by a killed process; the lock says that none is alive
     try:
-        draft.mkdir(parents=True)
+        draft.mkdir()
         yield draft
         draft.rename(folder)
     except OSError as e:
-        if e.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster, with the same content
-            return
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"a full disk while writing {folder}", "room", "free space or set SHOAL_CACHE") from e
         raise DataError(f"{folder}: {e.strerror}", "a place to write", "check its permissions") from e
@@ -142,7 +173,7 @@ def build(draft: Path, sources: list[Source], config: DataConfig, given: Tokeniz
         writers["train"].repeat(marks["train"], source.repeat - 1)
         ranges.append({name: (marks[name], w.n_documents) for name, w in writers.items()})
     splits = {name: w.close() for name, w in writers.items()}
-    kinds = [asdict(c) | {"documents": r} for c, r in zip(reader.counts, ranges)]
+    kinds = [c.summary() | {"documents": r} for c, r in zip(reader.counts, ranges)]
     info = {"format": FORMAT, "key": key, "tokenizer_sha256": tokenizer.sha256, "sources": kinds, "splits": splits}
     (draft / "corpus.json").write_text(json.dumps(info, indent=2))
     finished = Corpus.open(draft)
@@ -154,7 +185,11 @@ class Count:
     source: str
     unique: int = 0
     duplicates: int = 0
-    skipped: list[str] = field(default_factory=list)
+    empty: int = 0
+    skipped: list[str] = field(default_factory=list)  # what is not text
+
+    def summary(self) -> dict:
+        return asdict(self) | {"skipped": len(self.skipped), "skipped_first": self.skipped[:10]}
 
 
 class Reader:
@@ -169,13 +204,20 @@ class Reader:
         count = next(self.pending)
         for document in source.documents(count.skipped):
             pieces = (document,) if isinstance(document, str) else document
-            digest = hashlib.sha256("".join(pieces).encode(errors="surrogatepass"))
-            if digest.digest() in self.seen or not any(pieces):
-                count.duplicates += 1
+            try:
+                content = "".join(pieces).encode()
+            except UnicodeEncodeError as e:  # JSON can hold half a character
+                count.skipped.append(f"{e.reason} in {e.object[:40]!r}")
                 continue
-            self.seen.add(digest.digest())
-            count.unique += 1
-            yield digest.hexdigest(), pieces
+            digest = hashlib.sha256(content)
+            if not content:
+                count.empty += 1
+            elif digest.digest() in self.seen:
+                count.duplicates += 1
+            else:
+                count.unique += 1
+                self.seen.add(digest.digest())
+                yield digest.hexdigest(), pieces
 
 
 def train_tokenizer(sources: list[Source], held_out: tuple[str, ...], vocab_size: int) -> Tokenizer:
@@ -257,9 +299,6 @@ class SplitWriter:
         return shape | {"sha256": sha256_of(self.folder / "tokens.bin")}
 
 
-FIX_EMPTY = "give sources with more text (about one document in 16 is held out), or more digits in val_suffixes"
-
-
 def read_info(folder: Path) -> dict:
     try:
         info = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
@@ -298,7 +337,7 @@ def duplicates(train: Split, val: Split) -> list[int]:
 
 def document_hash(split: Split, i: int) -> bytes:
     tokens = split.tokens[split.doc_starts[i] : split.doc_starts[i + 1]]
-    return hashlib.sha256(np.ascontiguousarray(tokens, np.uint32)).digest()
+    return hashlib.sha256(tokens.astype(np.uint32).tobytes()).digest()
 
 
 def sha256_of(file: Path) -> str:

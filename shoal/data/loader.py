@@ -1,9 +1,10 @@
 """Tokens on disk to flat training batches, as a pure function of one number.
 
-The split is one circular stream. In each epoch it is cut, at a shift drawn from (seed, epoch), into windows of `context`
-inputs, so every token is an input once (but for a rest shorter than one window), and the windows are visited in an order
-that a small Feistel network computes for any index without storing it. `batch(start)` depends on nothing but the global
-sample index `start`: a resumed run, or one on another number of ranks, sees exactly what it would have seen.
+The split is one circular stream. In each epoch it is cut, at a shift drawn from (seed, epoch), into windows of
+`context` inputs, so every token is an input once (but for a rest shorter than one window), and the windows are visited
+in an order that a small Feistel network computes for any index without storing it. `batch(start)` depends on nothing
+but the global sample index `start`: a resumed run, or one on another number of ranks, sees exactly what it would have
+seen.
 
 Inside a window each document part is a segment: positions restart at 0, attention stays inside (`lengths`), EOS is
 predicted, the next document's BOS never is. A long document simply goes on in other windows.
@@ -88,7 +89,8 @@ class Loader:
         """Where in the stream sample `index` begins."""
         epoch, i = divmod(index, self.samples_per_epoch)
         shift = mix(self.seed, epoch, 0) % len(self.split.tokens)
-        return (shift + self.context * permuted(i, self.samples_per_epoch, mix(self.seed, epoch, 1))) % len(self.split.tokens)
+        place = permuted(i, self.samples_per_epoch, key=mix(self.seed, epoch, 1))
+        return (shift + self.context * place) % len(self.split.tokens)
 
     def starts_in(self, begin: int) -> np.ndarray:
         """Where documents start in the window, counted from its begin: 0 … context."""
@@ -147,7 +149,8 @@ def packed(tokens_T, targets_T, lengths: list[int], byte_lengths: np.ndarray, id
     ends = np.cumsum(lengths)
     positions_T = np.arange(len(tokens_T)) - np.repeat(ends - lengths, lengths)
     n_bytes = int(byte_lengths[targets_T[targets_T >= 0]].sum())
-    return Batch(*map(torch.from_numpy, (tokens_T, targets_T, positions_T)), tuple(lengths), n_bytes, ids)
+    tokens_T, targets_T, positions_T = (torch.from_numpy(x) for x in (tokens_T, targets_T, positions_T))
+    return Batch(tokens_T, targets_T, positions_T, tuple(lengths), n_bytes, ids)
 
 
 def eval_batches(

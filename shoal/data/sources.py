@@ -88,7 +88,9 @@ def find_files(name: str) -> tuple[list[Path], bool]:
         found = [Path(f) for f in glob.glob(str(path), recursive=True)]
     found = sorted(f for f in found if f.is_file())
     if not found:
-        raise DataError(f"source {name!r} with no files", FORMS, "check the path; quote a glob so the shell leaves it alone")
+        raise DataError(
+            f"source {name!r} with no files", FORMS, "check the path; quote a glob so the shell leaves it alone"
+        )
     return found, False
 
 
@@ -170,6 +172,8 @@ def from_hugging_face(name: str):
     try:
         found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split="train")
     except Exception as e:  # the hub, the network and the file formats each raise their own
-        raise DataError(f"hf:{name}: {str(e)[:200]}", "a dataset with a train split", "check the name and network") from e
+        raise DataError(
+            f"hf:{name}: {str(e)[:200]}", "a dataset with a train split", "check the name and network"
+        ) from e
     rows = found["train"] if isinstance(found, datasets.DatasetDict) else found
     return f"{name} {rows._fingerprint}", lambda skipped: (text_field(row, f"hf:{name}") for row in rows)

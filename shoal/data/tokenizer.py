@@ -1,9 +1,9 @@
 """Text to token ids and back: byte-level BPE, our own or anyone's `tokenizer.json`.
 
-Any string is spelled by bytes, so nothing is ever unknown and `decode(encode(text)) == text`. What decides the length of
-a text is the pre-tokenizer, the regex that says which bytes may ever merge. Ours differs from the usual one of chat
+Any string is spelled by bytes, so nothing is ever unknown and `decode(encode(text)) == text`. What decides the length
+of a text is the pre-tokenizer, the regex that says which bytes may ever merge. Ours differs from the usual one of chat
 models in one rule, made for code: a line break takes the next line's indentation with it, so "):\\n        return" is
-three pieces and not five. Digits come in threes from the left, as in DeepSeek-V3.
+two pieces and not four. Digits come in threes from the left, as in DeepSeek-V3.
 
 Text can never forge structure. `encode` reads a string that spells `<｜User｜>` or `</think>` as ordinary characters; the
 real ids come only from `Special` pieces in `encode_pieces`. (Plain `tokenizers` and transformers do find special tokens
@@ -70,7 +70,9 @@ class Tokenizer:
             self.full = tokenizers.Tokenizer.from_str(text)
             self.plain = tokenizers.Tokenizer.from_str(without_specials(spec))
         except Exception as e:  # the library raises bare Exception for everything
-            raise DataError(f"a tokenizer the library refuses: {str(e)[:200]}", "a whole tokenizer.json", FIX_FILE) from e
+            raise DataError(
+                f"a tokenizer the library refuses: {str(e)[:200]}", "a whole tokenizer.json", FIX_FILE
+            ) from e
         self.text = text
         self.vocab_size = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id = (None if name is None else self.full.token_to_id(name) for name in (bos, eos))
@@ -88,7 +90,9 @@ class Tokenizer:
         """Learn `vocab_size` tokens, specials included (fewer where the text is too small). Same texts, same tokens."""
         if vocab_size < 256 + len(SPECIALS):
             least = 256 + len(SPECIALS)
-            raise DataError(f"a vocabulary of {vocab_size}", f"at least {least}: every byte and special", "raise vocab_size")
+            raise DataError(
+                f"a vocabulary of {vocab_size}", f"at least {least}: bytes and specials", "raise vocab_size"
+            )
         bpe = tokenizers.Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -114,7 +118,9 @@ class Tokenizer:
         names["pad_token"] = str(PAD) if self.id(PAD) is not None else names["eos_token"]
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
         (folder / "tokenizer.json").write_text(self.text, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: nothing added, special tokens spelled in it stay characters."""
@@ -142,7 +148,7 @@ class Tokenizer:
         """Raises DataError where this tokenizer lacks the token."""
         found = self.id(token)
         if found is None:
-            raise DataError(f"a tokenizer without {token}", "one that has it", "choose another tokenizer or other sources")
+            raise DataError(f"a tokenizer without {token}", "one that has it", "choose another tokenizer or source")
         return found
 
     @property
@@ -179,7 +185,7 @@ def is_marker(content: str, special: bool) -> bool:
 
 def without_specials(spec: dict) -> str:
     """The same tokenizer blind to markers in text; other added tokens (runs of spaces, say) stay."""
-    kept = [t for t in spec.get("added_tokens") or [] if not is_marker(t["content"], bool(t.get("special")))]
+    kept = [t for t in spec.get("added_tokens") or [] if not is_marker(str(t["content"]), bool(t.get("special")))]
     return json.dumps(spec | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None})
 
 
@@ -234,18 +240,19 @@ def parse(text: str) -> dict:
     spec = json_object(text, "tokenizer.json")
     model, added = spec.get("model"), spec.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocab, dict | list) or not isinstance(added, list):
+    if not isinstance(model, dict) or not isinstance(vocab, dict | list) or not isinstance(added, list):
         raise DataError("tokenizer.json without a vocabulary", "model.vocab and a list added_tokens", FIX_FILE)
     try:
         ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
-        extra = {t["content"]: t["id"] for t in added}
+        extra = {str(t["content"]): t["id"] for t in added}
     except (TypeError, KeyError, ValueError) as e:
         raise DataError(f"tokenizer.json: {e!r} in its vocabulary", "tokens with ids", FIX_FILE) from e
     both = ids | extra
     wrong = next((i for i in both.values() if type(i) is not int or not 0 <= i < MAX_VOCAB), None)
     if wrong is not None or not both:
         raise DataError(f"a token with id {wrong}", f"ids from 0 to {MAX_VOCAB - 1}", FIX_FILE)
-    if len(set(both.values())) < len(both) or len(extra) < len(added) or any(ids.get(t, i) != i for t, i in extra.items()):
+    repeated = len(ids) < len(vocab) or len(extra) < len(added) or len(set(both.values())) < len(both)
+    if repeated or any(ids.get(t, i) != i for t, i in extra.items()):
         raise DataError("two tokens with one id, or one token with two", "one id each", FIX_FILE)
     check_merges(model, ids)
     return spec
