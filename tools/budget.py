@@ -1,0 +1,44 @@
+"""The line budget: how big each room is, and that nothing outgrew what can be read in one look.
+
+Prints lines a room, then fails where a file passes 500 lines or a function 120.
+"""
+
+import ast
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FILE_LIMIT, FUNCTION_LIMIT = 500, 120
+
+
+def functions(path: Path) -> list[tuple[str, int]]:
+    """(name, lines) of every function in a file."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    return [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in nodes]
+
+
+def main() -> int:
+    lines, files, too_long = Counter(), Counter(), []
+    for path in sorted(p for top in ("shoal", "tests", "bench") for p in (ROOT / top).rglob("*.py")):
+        name = path.relative_to(ROOT)
+        room = "/".join(name.parts[:2]) if name.parts[0] == "shoal" and len(name.parts) > 2 else name.parts[0]
+        n_lines = len(path.read_text().splitlines())
+        lines[room] += n_lines
+        files[room] += 1
+        if n_lines > FILE_LIMIT:
+            too_long.append(f"{name}: {n_lines} lines, at most {FILE_LIMIT}")
+        too_long += [
+            f"{name}: {f} has {n} lines, at most {FUNCTION_LIMIT}" for f, n in functions(path) if n > FUNCTION_LIMIT
+        ]
+    for room in sorted(lines):
+        print(f"{room:<18} {files[room]:>4} files {lines[room]:>6} lines")
+    package = sum(n for room, n in lines.items() if room.startswith("shoal"))
+    print(f"{'the package':<18} {package:>17} lines")
+    print(*too_long, sep="\n")
+    return 1 if too_long else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
