@@ -5,24 +5,23 @@
 cache rests on: W_up is folded into query and output, so scores and sums stay in the latent (C + R numbers a token).
 Both give the same result; a test says so.
 
-Shapes: T tokens, H heads, G key-value heads, K query dims, N nope, R rope, V value dims, C latent, S segments of L tokens.
+Shapes: T tokens, H heads, G key-value heads, K query dims, N nope, R rope, V value dims, C latent.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.model.layers import Linear
+from shoal.ops import dispatch as ops
 
 
 class Packed:
-    """Dense causal attention inside each segment. `lengths` sum to T; neighbours of equal length go in one call."""
+    """Dense causal attention inside each segment. `lengths` sum to T."""
 
     def __init__(self, lengths: Sequence[int]):
-        self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]  # (L, S)
+        self.lengths = tuple(lengths)
 
     def latent(
         self,
@@ -42,16 +41,7 @@ class Packed:
         return self.heads(layer, q_THK, k_THK, v_THV, scale)
 
     def heads(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float) -> Tensor:
-        rows = [length * count for length, count in self.runs]
-        parts = zip(*(x.split(rows) for x in (q_THK, k_TGK, v_TGV)), self.runs, strict=True)
-        return torch.cat([causal(q, k, v, scale, run[0]) for q, k, v, run in parts])  # [T, H, V]
-
-
-def causal(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float, L: int) -> Tensor:
-    """Segments of equal length L, end to end, in one batched call: [T, H, V]."""
-    q, k, v = (x.unflatten(0, (-1, L)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGV))  # [S, heads, L, dims]
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return o.transpose(1, 2).flatten(0, 1)
+        return ops.causal_attention(q_THK, k_TGK, v_TGV, self.lengths, scale)
 
 
 class Absorbed:

@@ -84,9 +84,9 @@ class Local:
     """Every expert on this device: sort rows by expert, compute, weigh, add back."""
 
     def __call__(self, x_TD: Tensor, routes: Routes, experts: Experts) -> Tensor:
-        order_M, counts_E = ops.sort_by_expert(routes.experts_TK, len(experts.down))
-        y_MD = experts(ops.gather_rows(x_TD, order_M, routes.experts_TK.shape[1]), counts_E)
-        return ops.weigh_rows(y_MD, routes.weights_TK, order_M)
+        places = ops.sort_by_expert(routes.experts_TK, len(experts.down))
+        y_MD = experts(ops.gather_rows(x_TD, places), places.counts_E)
+        return ops.weigh_rows(y_MD, routes.weights_TK, places)
 
 
 class MoE(nn.Module):

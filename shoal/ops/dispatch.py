@@ -1,23 +1,127 @@
-"""Which implementation of each operation runs: the reference, or a fast twin where the machine has one."""
+"""Which implementation of each operation runs: the reference, or a fast twin where the machine has one.
 
-from shoal.ops.reference import (
-    gather_rows,
-    grouped_linear,
-    rms_norm,
-    rotate_halves,
-    rotate_pairs,
-    sort_by_expert,
-    swiglu,
-    weigh_rows,
-)
+The choice is by tensor: bf16 on a CPU with AVX512-BF16 goes to the C kernels (cpu.py), a GPU's grouped products to
+`F.grouped_mm`, all else to reference.py. `describe` says it in a line for the log. Shapes are reference.py's.
+"""
 
-__all__ = [
-    "gather_rows",
-    "grouped_linear",
-    "rms_norm",
-    "rotate_halves",
-    "rotate_pairs",
-    "sort_by_expert",
-    "swiglu",
-    "weigh_rows",
-]
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoal.ops import cpu, reference
+from shoal.ops.reference import Places, rotate_halves, rotate_pairs, sort_by_expert
+
+__all__ = ["Places", "rotate_halves", "rotate_pairs", "sort_by_expert"]
+
+
+def describe() -> str:
+    return f"kernels: {cpu.status()}" + (", grouped products and SDPA on the GPU" if torch.cuda.is_available() else "")
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    if cpu.takes(x_TD, x_TD.shape[-1]) and x_TD.dim() == 2:
+        return cpu.RMSNorm.apply(x_TD, weight_D, eps)  # type: ignore[return-value]
+    return reference.rms_norm(x_TD, weight_D, eps)
+
+
+def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    same_rows = gate_TF.dim() == 2 and gate_TF.stride() == up_TF.stride() and gate_TF.stride(1) == 1
+    if same_rows and cpu.takes(gate_TF, gate_TF.shape[-1]):
+        return cpu.SwiGLU.apply(gate_TF, up_TF)  # type: ignore[return-value]
+    return reference.swiglu(gate_TF, up_TF)
+
+
+def gather_rows(x_TD: Tensor, places: Places) -> Tensor:
+    if cpu.takes(x_TD, x_TD.shape[1]):
+        return cpu.GatherRows.apply(x_TD, places.token_M, places.place_TK)  # type: ignore[return-value]
+    return reference.gather_rows(x_TD, places)
+
+
+def weigh_rows(y_MD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
+    if cpu.takes(y_MD, y_MD.shape[1]):
+        return cpu.WeighRows.apply(y_MD, weights_TK, places.place_TK)  # type: ignore[return-value]
+    return reference.weigh_rows(y_MD, weights_TK, places)
+
+
+def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    if x_MD.is_cuda:
+        offsets_E = counts_E.cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(x_MD, weight_EFD.transpose(1, 2), offs=offsets_E)
+    return GroupedLinear.apply(x_MD, weight_EFD, counts_E)  # type: ignore[return-value]
+
+
+class GroupedLinear(torch.autograd.Function):
+    """The reference's products on a CPU, without its copies, and in few shapes.
+
+    oneDNN builds a kernel for every shape it meets, and experts' row counts never repeat: products of fresh shapes ran at
+    120–145 GFLOP/s a core where known ones ran at 200. So each block is lengthened to a multiple of `ROUND` rows: the
+    extra results are overwritten by the next expert's, the extra rows of a weight's gradient are multiplied by zero.
+    """
+
+    ROUND = 32
+
+    @staticmethod
+    def forward(ctx, x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MD, weight_EFD)
+        ctx.blocks = blocks(counts_E.tolist(), GroupedLinear.ROUND)
+        y_MF = x_MD.new_empty(len(x_MD), weight_EFD.shape[1])
+        for e, start, _, end in ctx.blocks:
+            torch.mm(x_MD[start:end], weight_EFD[e].t(), out=y_MF[start:end])
+        return y_MF
+
+    @staticmethod
+    def backward(ctx, dy_MF: Tensor):
+        x_MD, weight_EFD = ctx.saved_tensors
+        dy_MF = dy_MF.contiguous()
+        dx_MD = torch.empty_like(x_MD)
+        for e, start, _, end in ctx.blocks:
+            torch.mm(dy_MF[start:end], weight_EFD[e], out=dx_MD[start:end])
+        dweight_EFD = torch.empty_like(weight_EFD)
+        longest = max((end - start for _, start, _, end in ctx.blocks), default=0)
+        padded = dy_MF.new_empty(longest, dy_MF.shape[1])
+        seen = set()
+        for e, start, own, end in ctx.blocks:
+            dy = dy_MF[start:end]
+            if own < end:
+                dy = padded[: end - start]
+                dy[: own - start] = dy_MF[start:own]
+                dy[own - start :] = 0
+            torch.mm(dy.t(), x_MD[start:end], out=dweight_EFD[e])
+            seen.add(e)
+        for e in set(range(len(weight_EFD))) - seen:
+            dweight_EFD[e] = 0
+        return dx_MD, dweight_EFD, None
+
+
+def blocks(counts: Sequence[int], round_to: int) -> list[tuple[int, int, int, int]]:
+    """(expert, first row, end of its own rows, end of the lengthened block) of every expert that has rows."""
+    total, ends = sum(counts), list(accumulate(counts))
+    starts = [end - count for end, count in zip(ends, counts, strict=True)]
+    rounded = [
+        min(start + -(-count // round_to) * round_to, total) for start, count in zip(starts, counts, strict=True)
+    ]
+    return [(e, *span) for e, span in enumerate(zip(starts, ends, rounded, strict=True)) if span[1] > span[0]]
+
+
+def causal_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v inside each segment, every token seeing the earlier ones and itself: [T, H, V].
+
+    G key-value heads serve H query heads in order. `lengths` sum to T.
+    """
+    if cpu.takes(q_THK, q_THK.shape[-1], v_TGV.shape[-1]):
+        starts = torch.tensor([0, *accumulate(lengths)])
+        return cpu.Attention.apply(q_THK, k_TGK, v_TGV, starts, scale)  # type: ignore[return-value]
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]  # neighbours of equal length in one call
+    rows = [length * count for length, count in runs]
+    parts = zip(*(x.split(rows) for x in (q_THK, k_TGK, v_TGV)), runs, strict=True)
+    return torch.cat([reference.causal_attention(q, k, v, scale, length) for q, k, v, (length, _) in parts])
+
+
+def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
+    """nll [T] (fp32) of each target, 0 where it is negative. The logits become scale · (softmax − onehot): their gradient."""
+    if cpu.takes(logits_TV):
+        return cpu.cross_entropy_(logits_TV, targets_T, scale)
+    return reference.cross_entropy_(logits_TV, targets_T, scale)

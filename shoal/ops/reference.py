@@ -1,7 +1,10 @@
 """The arithmetic of the model, written to be read: the executable specification that every fast twin is tested against.
 
-Shapes: T tokens, D width, F hidden width, H heads, R rope dims, V vocabulary.
+Shapes: T tokens, D width, F hidden width, E experts, K chosen, M = T·K routed rows, R rope dims; in attention S segments
+of L tokens, H query heads, G key-value heads, K query and key dims, V value dims; in losses V vocabulary.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,25 +37,51 @@ def rotate_halves(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).type_as(x)
 
 
-def sort_by_expert(experts_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """order_M: the flat (token, choice) pairs sorted by expert, earlier tokens first; counts_E: rows an expert gets."""
+class Places(NamedTuple):
+    """Who sits where once rows are sorted by expert."""
+
+    token_M: Tensor  # the token behind each row
+    place_TK: Tensor  # the row of each token's k-th choice
+    counts_E: Tensor  # rows an expert gets
+
+
+def sort_by_expert(experts_TK: Tensor, n_experts: int) -> Places:
+    """Rows (token, choice) sorted by expert, earlier tokens first."""
     flat = experts_TK.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=n_experts)
+    order_M = flat.argsort(stable=True)
+    place = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(flat), device=flat.device))
+    counts_E = torch.bincount(flat, minlength=n_experts)
+    return Places(order_M // experts_TK.shape[1], place.view_as(experts_TK), counts_E)
 
 
-def gather_rows(x_TD: Tensor, order_M: Tensor, K: int) -> Tensor:
+def gather_rows(x_TD: Tensor, places: Places) -> Tensor:
     """Copy each token to the rows where its chosen experts wait: [M, D], M = T·K."""
-    return x_TD[order_M // K]
+    return x_TD[places.token_M]
 
 
-def weigh_rows(y_MD: Tensor, weights_TK: Tensor, order_M: Tensor) -> Tensor:
+def weigh_rows(y_MD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
     """The way back: y_t = Σ_K weight · row, summed in fp32; the result has y's dtype."""
-    T, K = weights_TK.shape
-    y_TKD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD).unflatten(0, (T, K))
-    return (y_TKD.float() * weights_TK[..., None]).sum(1).type_as(y_MD)
+    return (y_MD[places.place_TK].float() * weights_TK[..., None]).sum(1).type_as(y_MD)
 
 
 def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """Row block e (counts_E[e] rows) times weight e transposed: [M, F]."""
     blocks = x_MD.split(counts_E.tolist())
     return torch.cat([F.linear(x, w) for x, w in zip(blocks, weight_EFD, strict=True)])
+
+
+def causal_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float, L: int) -> Tensor:
+    """softmax(scale · q kᵀ) v over segments of equal length L, end to end: [T, H, V]."""
+    q, k, v = (x.unflatten(0, (-1, L)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGV))  # [S, heads, L, dims]
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2).flatten(0, 1)
+
+
+def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
+    """−log softmax at each target, 0 where it is negative; the logits become scale · (softmax − onehot), in place."""
+    counted, index = targets_T >= 0, targets_T.clamp(min=0)[:, None]
+    log_p = logits_TV.float().log_softmax(-1)
+    nll_T = -log_p.gather(1, index)[:, 0] * counted
+    grad = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
+    logits_TV.copy_(grad.mul_(scale * counted[:, None]))
+    return nll_T

@@ -1,0 +1,213 @@
+"""Fast twins for x86-64 CPUs with AVX512-BF16: C kernels, compiled once by the machine's own `cc` and called by ctypes.
+
+Why C and not torch.compile: a plain C file builds in two seconds instead of 25–90, has no cold start inside a ten-minute
+budget, and attention, which no compiler fuses on a CPU, is in it. Only bf16 tensors come here; fp32 takes the reference.
+`status()` says what was found; where anything is missing (another processor, no compiler) the reference runs instead,
+and the run's log says so.
+
+The kernels use torch's own OpenMP pool: the library is linked against the libgomp that torch has loaded.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).with_name("native")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("SHOAL_KERNELS") == "reference":
+        return None, "reference (SHOAL_KERNELS=reference)"
+    lacking = NEEDED - _cpu_flags()
+    if lacking:
+        return None, f"reference (this processor lacks {', '.join(sorted(lacking))})"
+    try:
+        return ctypes.CDLL(str(_build())), "native AVX512-BF16 kernels"
+    except (OSError, subprocess.SubprocessError) as error:
+        why = getattr(error, "stderr", None) or error
+        return None, f"reference (the native kernels did not build: {str(why).strip()[:300]})"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _build() -> Path:
+    """Compile into the cache folder under a name that hashes sources, flags, processor and torch; atomic."""
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    cpu = " ".join(sorted(_cpu_flags()))
+    key = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + f"{FLAGS}{cpu}{torch.__version__}".encode())
+    cache_home = Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal")
+    target = cache_home / "native" / f"{platform.machine()}-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = []
+        for source in (p for p in sources if p.suffix == ".c"):
+            objects.append(f"{folder}/{source.stem}.o")
+            _run("cc", *FLAGS, "-c", str(source), "-o", objects[-1])
+        _run("cc", "-shared", *objects, _openmp(), "-lm", "-o", f"{folder}/shoal.so")
+        os.replace(f"{folder}/shoal.so", target)
+    return target
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+
+
+def _openmp() -> str:
+    """The libgomp that torch uses, so that both share one pool of threads."""
+    home = Path(torch.__file__).parent
+    found = [*home.glob("lib/libgomp*.so*"), *home.parent.glob("torch.libs/libgomp*.so*")]
+    return str(found[0]) if found else "-lgomp"
+
+
+def status() -> str:
+    """Which kernels run on this CPU, and why if not the native ones."""
+    return _library()[1]
+
+
+def takes(x: Tensor, *dims: int) -> bool:
+    """Whether the native kernels accept this tensor: bf16 on a CPU, these dimensions multiples of 16."""
+    fits = x.dtype is torch.bfloat16 and x.device.type == "cpu" and all(d % 16 == 0 for d in dims)
+    return fits and _library()[0] is not None
+
+
+def _call(name: str, *args) -> None:
+    """Tensors go as pointers, ints as int64, floats as float."""
+    lib = _library()[0]
+    assert lib is not None
+    convert = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
+    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else convert[type(a)](a) for a in args]
+    getattr(lib, name)(*values)
+
+
+class RMSNorm(torch.autograd.Function):
+    """x [T, D] may be a column slice of a wider tensor: its row stride is passed on."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        T, D = x.shape
+        y, rstd = x.new_empty(T, D), torch.empty(T, dtype=torch.float32)
+        _call("rms_norm_forward", x, x.stride(0), weight, y, rstd, T, D, float(eps))
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        (T, D), blocks = x.shape, 2 * torch.get_num_threads()
+        dx, parts = x.new_empty(T, D), torch.empty(blocks, D, dtype=torch.float32)
+        _call("rms_norm_backward", x, x.stride(0), weight, rstd, dy.contiguous(), dx, parts, blocks, T, D)
+        return dx, parts.sum(0), None
+
+
+class SwiGLU(torch.autograd.Function):
+    """gate and up [T, F] have one row stride: two tensors, or the halves of one."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        T, F = gate.shape
+        y = gate.new_empty(T, F)
+        _call("swiglu_forward", gate, up, gate.stride(0), y, T, F)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        gate, up = ctx.saved_tensors
+        T, F = gate.shape
+        both = gate.new_empty(T, 2 * F) if gate.stride(0) == 2 * F else gate.new_empty(2, T, F)
+        dgate, dup = both.chunk(2, -1) if both.dim() == 2 else both
+        _call("swiglu_backward", gate, up, gate.stride(0), dy.contiguous(), dgate, dup, T, F)
+        return dgate, dup
+
+
+class GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, token_M: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TD.index_select(0, token_M)
+
+    @staticmethod
+    def backward(ctx, dy_MD: Tensor):
+        (place_TK,) = ctx.saved_tensors
+        (T, K), D = place_TK.shape, dy_MD.shape[1]
+        dx = dy_MD.new_empty(T, D)
+        _call("sum_rows", dy_MD.contiguous(), place_TK, None, dx, T, K, D)
+        return dx, None, None
+
+
+class WeighRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_MD: Tensor, weights_TK: Tensor, place_TK: Tensor) -> Tensor:
+        (T, K), D = place_TK.shape, y_MD.shape[1]
+        weights_TK = weights_TK.contiguous()
+        y_TD = y_MD.new_empty(T, D)
+        _call("sum_rows", y_MD, place_TK, weights_TK, y_TD, T, K, D)
+        ctx.save_for_backward(y_MD, weights_TK, place_TK)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx, dy_TD: Tensor):
+        y_MD, weights_TK, place_TK = ctx.saved_tensors
+        (T, K), D = place_TK.shape, y_MD.shape[1]
+        dy_MD, dw_TK = torch.empty_like(y_MD), torch.empty_like(weights_TK)
+        _call("weigh_rows_backward", y_MD, place_TK, weights_TK, dy_TD.contiguous(), dy_MD, dw_TK, T, K, D)
+        return dy_MD, dw_TK, None
+
+
+class Attention(torch.autograd.Function):
+    """Causal attention inside each segment: q [T, H, K], k [T, G, K], v [T, G, V] → [T, H, V]. Scores are fp32."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        (T, H, K), (G, V) = q.shape, v.shape[1:]
+        o, lse = q.new_empty(T, H, V), torch.empty(T, H, dtype=torch.float32)
+        _call("attention_forward", q, k, v, o, lse, starts, len(starts) - 1, H, G, K, V, float(scale))
+        ctx.save_for_backward(q, k, v, o, lse, starts)
+        ctx.scale = float(scale)
+        return o
+
+    @staticmethod
+    def backward(ctx, d_o: Tensor):
+        q, k, v, o, lse, starts = ctx.saved_tensors
+        (_, H, K), (G, V) = q.shape, v.shape[1:]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        shape = (len(starts) - 1, H, G, K, V, ctx.scale)
+        _call("attention_backward", q, k, v, o, lse, d_o.contiguous(), dq, dk, dv, starts, *shape)
+        return dq, dk, dv, None, None
+
+
+def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
+    """See dispatch.cross_entropy_."""
+    nll_T = torch.empty(len(targets_T), dtype=torch.float32)
+    _call("cross_entropy", logits_TV, targets_T, float(scale), nll_T, *logits_TV.shape)
+    return nll_T
+
+
+def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None, numbers: tuple[float, ...]) -> None:
+    """One AdamW step on the fp32 master p and its moments; `weight` (bf16) receives the rounded result.
+
+    `numbers` are clip, lr, beta1, beta2, eps, decay, step size and root (the bias corrections).
+    """
+    narrow = int(grad.dtype is torch.bfloat16)
+    _call("adamw", p, m, v, grad, narrow, weight, p.numel(), *(float(x) for x in numbers))

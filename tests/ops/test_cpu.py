@@ -1,0 +1,110 @@
+"""Every native kernel equals its reference, forward and backward, to bf16's precision (2^-8 a rounding)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.ops import cpu, dispatch, reference
+
+pytestmark = pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def bf16(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def twins(fast, slow, inputs: list[Tensor], tolerance: float = 6e-3) -> None:
+    """Outputs and gradients of `fast` on bf16 against `slow` on the same values in fp32."""
+    ours = [x.detach().clone().requires_grad_() for x in inputs]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    y, expected = fast(*ours), slow(*exact)
+    assert relative_error(y, expected) < tolerance
+    grad = bf16(*y.shape, seed=99)
+    y.backward(grad)
+    expected.backward(grad.float())
+    for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        assert a.grad is not None and b.grad is not None
+        assert relative_error(a.grad, b.grad) < tolerance, f"gradient {i}"
+
+
+def test_rms_norm_also_on_a_slice_of_wider_rows():
+    weight = 1 + 0.1 * torch.randn(48)
+    twins(
+        lambda x, w: dispatch.rms_norm(x, w, 1e-6), lambda x, w: reference.rms_norm(x, w, 1e-6), [bf16(37, 48), weight]
+    )
+    wide = bf16(37, 80)
+    sliced = lambda norm: lambda x: norm(x[:, 16:64], weight, 1e-6)  # noqa: E731
+    twins(sliced(dispatch.rms_norm), sliced(reference.rms_norm), [wide])
+
+
+def test_swiglu_on_two_tensors_and_on_halves_of_one():
+    twins(dispatch.swiglu, reference.swiglu, [bf16(33, 64), bf16(33, 64, seed=1)])
+    halves = lambda f: lambda x: f(*x.chunk(2, -1))  # noqa: E731
+    twins(halves(dispatch.swiglu), halves(reference.swiglu), [3 * bf16(33, 96)])
+
+
+@pytest.mark.parametrize("experts, chosen", [(8, 3), (4, 1)])
+def test_experts_rows_go_out_and_come_back(experts: int, chosen: int):
+    choice = torch.rand(70, experts).topk(chosen).indices
+    choice[choice == 2] = (choice[choice == 2] + 1) % experts  # one expert gets nothing
+    places = dispatch.sort_by_expert(choice, experts)
+    assert places.counts_E.sum() == 70 * chosen and places.counts_E[2] == 0
+    twins(lambda x: dispatch.gather_rows(x, places), lambda x: reference.gather_rows(x, places), [bf16(70, 32)])
+    weights = torch.rand(70, chosen)
+    slow = lambda y, w: reference.weigh_rows(y, w, places)  # noqa: E731
+    twins(lambda y, w: dispatch.weigh_rows(y, w, places), slow, [bf16(70 * chosen, 32), weights])
+    twins(
+        lambda x, w: dispatch.grouped_linear(x, w, places.counts_E),
+        lambda x, w: reference.grouped_linear(x, w, places.counts_E),
+        [bf16(70 * chosen, 32), bf16(experts, 48, 32, seed=1)],
+    )
+
+
+@pytest.mark.parametrize("lengths", [[200], [64, 1, 63, 65, 7]])
+@pytest.mark.parametrize("H, G, K, V", [(4, 4, 96, 64), (6, 2, 64, 64), (2, 1, 32, 48), (2, 2, 192, 128)])
+def test_attention(lengths: list[int], H: int, G: int, K: int, V: int):
+    def slow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), lengths, strict=True)
+        return torch.cat([reference.causal_attention(a, b, c, 0.2, n) for a, b, c, n in parts])
+
+    inputs = [bf16(200, H, K), bf16(200, G, K, seed=1), bf16(200, G, V, seed=2)]
+    twins(lambda q, k, v: dispatch.causal_attention(q, k, v, lengths, 0.2), slow, inputs, tolerance=1e-2)
+
+
+def test_attention_keeps_large_scores_finite():
+    q = 60 * bf16(130, 1, 32)
+    o = dispatch.causal_attention(q, q, bf16(130, 1, 32, seed=1), [130], 1.0)
+    assert torch.isfinite(o).all()
+    expected = reference.causal_attention(q.float(), q.float(), bf16(130, 1, 32, seed=1).float(), 1.0, 130)
+    assert relative_error(o, expected) < 1e-2
+
+
+@pytest.mark.parametrize("vocab", [64, 50])
+def test_cross_entropy_and_its_gradient(vocab: int):
+    logits, targets = 4 * bf16(21, vocab), torch.randint(vocab, (21,))
+    targets[5] = -100
+    slow = logits.float()
+    expected = reference.cross_entropy_(slow, targets, 0.25)
+    nll = dispatch.cross_entropy_(logits, targets, 0.25)
+    assert relative_error(nll, expected) < 1e-5 and nll[5] == 0
+    assert relative_error(logits, slow) < 4e-3 and not logits[5].any()
+
+
+def test_adamw_equals_torch():
+    torch.manual_seed(0)
+    p = torch.randn(1003)
+    theirs = torch.nn.Parameter(p.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    m, v, weight = torch.zeros(1003), torch.zeros(1003), torch.zeros(1003, dtype=torch.bfloat16)
+    for step in range(1, 4):
+        grad = torch.randn(1003).bfloat16()
+        theirs.grad = 0.5 * grad.float()
+        optimizer.step()
+        first, second = 1 - 0.9**step, 1 - 0.95**step
+        cpu.adamw_(p, m, v, grad, weight, (0.5, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.01 / first, second**-0.5))
+    assert relative_error(p, theirs.detach()) < 1e-6
+    assert torch.equal(weight, p.bfloat16())
