@@ -1,8 +1,8 @@
 """Where a measured number goes: the last line of a bench, and `records/NAME.json`.
 
-A bench ends with one call, `emit(name=..., ratio=..., ours=..., peer=..., spread=..., limit=...)`; lists where there are
-several rows. The machine is added, the object is printed as one line, and the same object with the command, the date
-and the versions is appended to the list in `records/NAME.json`, so that every number in the docs has a record behind it.
+A bench ends with one call, `emit(name=..., ratio=..., ours=..., peer=..., spread=..., limit=...)`; lists where there
+are several rows. The machine is added, the object is printed as one line, and the same object with the command, the
+date and the versions is appended to the list in `records/NAME.json`: every number in the docs has a record behind it.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +21,9 @@ PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "litg
 
 def emit(name: str, *, ratio, ours, peer, spread, limit, **more) -> dict:
     """Print the result as one JSON line and append it to the records. Numbers or lists of them, one per row."""
-    result = dict(name=name, ratio=ratio, ours=ours, peer=peer, spread=spread, limit=limit, machine=machine()) | more
-    append(name, result | dict(command=command(), date=now(), versions=versions()))
+    result = {"name": name, "ratio": ratio, "ours": ours, "peer": peer, "spread": spread, "limit": limit} | more
+    result["machine"] = machine()
+    append(name, result | {"command": command(), "date": now(), "versions": versions()})
     print(json.dumps(result), flush=True)
     return result
 
@@ -65,10 +67,8 @@ def command() -> str:
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            pass
     return found
 
 
