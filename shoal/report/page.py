@@ -1,0 +1,153 @@
+"""One offline page that shows what a run did: `write(run)` makes report.html and report.md from a run directory.
+
+Read are config.toml, config.origin.json, command.txt, env.json, status.json, metrics.jsonl (see run.py), and these,
+all optional, fields too; numbers are plain JSON numbers:
+
+    samples/NAME.json   {prompt, text, step, temperature, top_p, seed, tokens}       `text` is the continuation alone
+    evals/NAME.json     {name, metric, value, better: "lower" | "higher", step, measured_on, yardsticks: {name: value}}
+    evals/held_out.json the same with metric "bits_per_byte": the verdict; yardsticks are compressors on the same text
+    evals/expert_load.json  {layers: [number of each layer], load: [[share of an even load, per expert], per layer]}
+    plan.json           plan.cost.Account's fields as predicted, and why: [sentences], machine: {name, …}
+    receipt.json        plan.cost.Account's fields as they turned out, and next_command
+
+What is missing is shown as not measured, what is damaged is named. Whatever a model wrote is text and nothing else:
+every value is escaped, the page runs no script and its content policy would not let it, and nothing is fetched.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from shoal.model.config import MLAConfig, ModelConfig
+from shoal.model.counts import count_parameters
+from shoal.plan import cost, memory
+from shoal.report import curves, plots, words
+from shoal.report.facts import Facts, flat, number, read
+from shoal.run import replace_text
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=lambda name: bool(name and name.endswith(".html")),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.ChainableUndefined,
+)
+TEMPLATES.filters |= dict(line=words.line, block=words.block)
+
+
+def write(run: Path | str) -> Path:
+    """Write report.html and report.md into the run and return the path of the page. RunError where there is no run."""
+    folder = Path(run)
+    view = look(read(folder), shown(folder))
+    for name in ("report.html", "report.md"):
+        replace_text(folder / name, TEMPLATES.get_template(f"template{Path(name).suffix}").render(view))
+    return folder / "report.html"
+
+
+def shown(folder: Path) -> str:
+    """The path as a user in the current directory would type it."""
+    resolved = folder.resolve()
+    return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(folder)
+
+
+def look(facts: Facts, path: str) -> dict[str, Any]:
+    """Everything the templates print, in words and geometry."""
+    return dict(
+        facts=facts,
+        verdict=words.verdict(facts),
+        state=facts.status.get("state"),
+        tiles=words.tiles(facts),
+        bars=yardsticks(facts),
+        school=school(facts.model),
+        charts=[chart for make in curves.ALL if (chart := make(facts))],
+        sparklines=list(sparklines(facts)),
+        heat=heat(facts.evals.get("expert_load", {})),
+        samples=facts.samples,
+        evals=[e for name, e in facts.evals.items() if name not in ("held_out", "expert_load") and "metric" in e],
+        receipt=list(receipt(facts)),
+        why=[str(s) for s in facts.plan.get("why") or []],
+        model=list(model_rows(facts.model)) if facts.model else [],
+        chosen=[(k, v, facts.origins[k]) for k, v in flat(facts.config) if facts.origins.get(k, "default") != "default"],
+        env=list(flat(facts.env)),
+        next_command=facts.receipt.get("next_command") or f'shoal generate {path} --prompt "def main("',
+        words=words,
+    )
+
+
+def yardsticks(facts: Facts) -> list[dict[str, Any]]:
+    """Bits per byte of this model and of ordinary compressors on the same text, the best last."""
+    value = facts.bits_per_byte()
+    if value is None:
+        return []
+    others = facts.evals.get("held_out", {}).get("yardsticks") or {}
+    rows = [(str(name), y, False) for name, y in others.items() if number(y)] + [("this model", value, True)]
+    most = max(y for _, y, _ in rows) or 1.0
+    return [
+        dict(name=name, value=y, width=100 * y / most, ours=ours)
+        for name, y, ours in sorted(rows, key=lambda row: -row[1])
+    ]
+
+
+def school(model: ModelConfig | None) -> list[dict[str, Any]]:
+    """The routed experts of a layer as fish on a sunflower's spiral, the ones a token meets lit."""
+    if model is None:
+        return []
+    n, lit = (model.moe.n_routed_experts, model.moe.n_activated) if model.moe else (1, 1)
+    return [plots.fish(i, n) | dict(lit=i * lit % n < lit) for i in range(n)]
+
+
+def sparklines(facts: Facts) -> Iterator[tuple[str, str, float, float]]:
+    for name in ("train/loss", "eval/bits_per_byte", "speed/tokens_per_second", "moe/load_max_over_mean"):
+        if points := facts.series.get(name):
+            yield name, plots.sparkline(points), points[0][1], points[-1][1]
+
+
+def heat(load: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of expert shares, 1.0 being a fair one; a row that isn't numbers is left out."""
+    names, rows = load.get("layers") or [], load.get("load") or []
+    whole = [(n, row) for n, row in zip(names, rows) if isinstance(row, list) and all(number(x) is not None for x in row)]
+    return [dict(name=n, cells=[plots.heat_cell(x) for x in row], peak=max(row)) for n, row in whole if row]
+
+
+def receipt(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
+    """(what, predicted, actual, actual against predicted) for every figure that either side knows."""
+    for field in fields(cost.Account):
+        before, after = (number(side.get(field.name)) for side in (facts.plan, facts.receipt))
+        if before is None and after is None:
+            continue
+        ratio = f"{100 * (after / before - 1):+.1f}%" if before and after is not None else ""
+        yield words.ACCOUNT[field.name], words.amount(field.name, before), words.amount(field.name, after), ratio
+
+
+def model_rows(m: ModelConfig) -> Iterator[tuple[str, str]]:
+    """The model in a table: size, parts, and what serving it keeps of a token."""
+    counts, a = count_parameters(m), m.attention
+    yield "parameters", f"{words.count(counts.total)}, of which {words.count(counts.active)} active a token"
+    if m.n_mtp:
+        yield "multi-token modules", f"{m.n_mtp}, {words.count(counts.mtp_total)} parameters more"
+    yield "layers × width", f"{m.n_layers} × {m.dim}"
+    if isinstance(a, MLAConfig):
+        yield "attention", f"latent (MLA), {a.n_heads} heads, latent of {a.kv_lora_rank} + {a.qk_rope_head_dim} rotary"
+    else:
+        yield "attention", f"grouped-query, {a.n_heads} heads on {a.n_kv_heads} of {a.head_dim}"
+    if m.moe:
+        e = m.moe
+        yield "experts a layer", f"{e.n_routed_experts} routed of width {e.moe_dim}, {e.n_activated} chosen"
+        yield "shared experts", f"{e.n_shared_experts}, seen by every token"
+        yield "dense layers", f"{m.moe.n_dense_layers} of width {m.hidden_dim}"
+    else:
+        yield "feed-forward", f"dense, width {m.hidden_dim}"
+    yield "vocabulary", f"{m.vocab_size:,}" + (", embeddings tied" if m.tie_embeddings else "")
+    yield "cache", cache_words(m)
+
+
+def cache_words(m: ModelConfig) -> str:
+    ours, whole = memory.cache_bytes_per_token(m), memory.grouped_cache_bytes_per_token(m, 1)
+    quarter = memory.grouped_cache_bytes_per_token(m, 4)
+    text = f"{ours:,} bytes a token in bf16"
+    if isinstance(m.attention, MLAConfig):
+        text += f"; grouped-query with a quarter of the heads {quarter:,}"
+    return text + f"; every head kept {whole:,} ({whole / ours:.1f}×)"

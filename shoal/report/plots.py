@@ -1,0 +1,183 @@
+"""Curves as geometry: from series of numbers to polylines, ticks and what the pointer shows. No drawing library.
+
+A chart is an SVG stretched to its box, with lines that keep their width, under labels set in the page's own type. So it
+stays sharp and legible from a phone to paper, follows the page's colours, works without a script, and costs no import.
+The template draws; here everything is a number between 0 and 100, the percent of the plot's width or height from the
+top left corner.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil, cos, floor, log2, log10, pi, sin
+
+Points = Sequence[tuple[float, float]]
+
+MAX_POINTS = 400  # a line as wide as a page shows no more
+HOVER_ZONES = 60
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named series; `faint` draws the raw values under a smoothed line, `dots` marks each of few points."""
+
+    name: str
+    points: Points
+    colour: str  # one of the template's: a, b, c
+    faint: Points = ()
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A horizontal yardstick at `y`."""
+
+    name: str
+    y: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    at: float  # percent
+    text: str
+    below: str = ""
+
+
+@dataclass(frozen=True)
+class Zone:
+    """A strip the pointer may enter: what to say, and where the line stands."""
+
+    left: float
+    width: float
+    at: float
+    title: str
+    values: list[tuple[str, str, str, float]]  # colour, name, value, percent from the top
+
+    @property
+    def inside(self) -> float:
+        """`at` as a percent of the strip's own width."""
+        return 100 * (self.at - self.left) / self.width if self.width else 0.0
+
+
+@dataclass
+class Chart:
+    title: str
+    about: str
+    lines: list[Line]
+    x_title: str
+    format_y: Callable[[float], str] = "{:.3g}".format
+    marks: list[Mark] = field(default_factory=list)
+    y_range: tuple[float, float] | None = None
+    second_axis: Callable[[float], str] | None = None  # what to print under an x tick
+
+    def __post_init__(self):
+        xs = [x for line in self.lines for x, _ in line.points]
+        self.x_low, self.x_high = min(xs, default=0.0), max(xs, default=1.0)
+        self.x_low = min(self.x_low, 0.0) if self.x_low < 0.2 * self.x_high else self.x_low
+        ys = [y for line in self.lines for _, y in line.points] + [m.y for m in self.marks]
+        low, high = self.y_range or (min(ys, default=0.0), max(ys, default=1.0))
+        room = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
+        self.y_low, self.y_high = (low if low == 0 else low - room), high + room
+
+    def x(self, value: float) -> float:
+        return 100 * (value - self.x_low) / ((self.x_high - self.x_low) or 1.0)
+
+    def y(self, value: float) -> float:
+        return 100 * (self.y_high - value) / ((self.y_high - self.y_low) or 1.0)
+
+    def path(self, points: Points) -> str:
+        """SVG polyline points in a box of 1000 × 1000; what lies outside the box is cut off there."""
+        return " ".join(f"{10 * self.x(x):.1f},{10 * clamp(self.y(y), -50, 150):.1f}" for x, y in thinned(points))
+
+    @property
+    def x_ticks(self) -> list[Tick]:
+        second = self.second_axis or (lambda _: "")
+        return [Tick(self.x(v), f"{v:,g}", second(v)) for v in nice(self.x_low, self.x_high, 6)]
+
+    @property
+    def y_ticks(self) -> list[Tick]:
+        return [Tick(self.y(v), self.format_y(v)) for v in nice(self.y_low, self.y_high, 5)]
+
+    @property
+    def zones(self) -> list[Zone]:
+        """Strips about as wide as the pointer is precise, each saying the nearest value of every line."""
+        longest = max((line.points for line in self.lines), key=len, default=())
+        xs = [x for x, _ in thinned(longest, HOVER_ZONES)]
+        edges = [self.x_low, *((a + b) / 2 for a, b in zip(xs, xs[1:])), self.x_high]
+        return [self.zone(x, left, right) for x, left, right in zip(xs, edges, edges[1:])]
+
+    def zone(self, x: float, left: float, right: float) -> Zone:
+        below = f" · {self.second_axis(x)}" if self.second_axis else ""
+        values = []
+        for line in self.lines:
+            y = nearest(line.points, x)[1]
+            values.append((line.colour, line.name, self.format_y(y), clamp(self.y(y), 0, 100)))
+        return Zone(self.x(left), self.x(right) - self.x(left), self.x(x), f"{x:.4g} {self.x_title}{below}", values)
+
+
+def nice(low: float, high: float, about: int) -> list[float]:
+    """Round numbers inside [low, high], roughly `about` of them: steps of 1, 2, 2.5 or 5 times a power of ten."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / about
+    power = 10.0 ** floor(log10(raw))
+    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = ceil(low / step - 1e-9), floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def thinned(points: Points, most: int = MAX_POINTS) -> Points:
+    """At most `most` of the points, evenly chosen, the last one always among them."""
+    if len(points) <= most:
+        return points
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def smoothed(points: Points, share: float = 0.02) -> Points:
+    """A running mean whose memory is `share` of the series, without the lag of its start (divided by its weight)."""
+    decay = 1 - 1 / max(1.0, share * len(points))
+    mean = weight = 0.0
+    result = []
+    for x, y in points:
+        mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
+        result.append((x, mean / weight))
+    return result
+
+
+def nearest(points: Points, x: float) -> tuple[float, float]:
+    at = bisect_left(points, (x,))
+    return min(points[max(0, at - 1) : at + 1], key=lambda p: abs(p[0] - x))
+
+
+def interpolated(points: Points, x: float) -> float:
+    """The value at `x` on the line through the points, held constant beyond its ends."""
+    at = bisect_left(points, (x,))
+    if at == 0 or at == len(points):
+        return points[min(at, len(points) - 1)][1]
+    (x0, y0), (x1, y1) = points[at - 1], points[at]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def clamp(value: float, low: float, high: float) -> float:
+    return max(low, min(high, value))
+
+
+def sparkline(points: Points, width: int = 48) -> str:
+    """The shape of a series in block characters, for where there is only text."""
+    ys = [y for _, y in thinned(points, width)]
+    low, high = min(ys), max(ys)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (y - low) / ((high - low) or 1.0))] for y in ys)
+
+
+def fish(i: int, n: int) -> dict[str, float]:
+    """Place i of n in a school, on a sunflower's spiral: x and y in percent, heading in degrees, width in percent."""
+    radius, angle = ((i + 0.5) / n) ** 0.5, i * pi * (3 - 5**0.5)
+    x, y = 50 + 42 * radius * cos(angle), 50 + 40 * radius * sin(angle)
+    width = min(24.0, 62 / n**0.5) * (1.15 - 0.35 * radius)
+    return dict(x=round(x, 2), y=round(y, 2), turn=round(14 * sin(3 * angle) - 6, 1), width=round(width, 2))
+
+
+def heat_cell(share: float) -> dict[str, float | str]:
+    """A cell's side of a fair share and how strongly to colour it: full at twice or half of it."""
+    strength = min(1.0, abs(log2(share))) if share > 0 else 1.0
+    return {"side": "over" if share > 1 else "under", "strength": round(strength, 3), "share": share}

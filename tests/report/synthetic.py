@@ -1,0 +1,87 @@
+"""A run directory as training leaves it, made up: curves of the usual shape, samples, a plan and how it came out."""
+
+import json
+import random
+from math import exp
+from pathlib import Path
+
+from shoal import config as configs
+from shoal.model.presets import PRESETS
+
+SAMPLE = '''self, path, mode="r"):
+        """Open the member called `path` and return a file object."""
+        if self.closed:
+            raise ValueError("I/O operation on closed archive")
+        info = self.getinfo(path)
+        with self._lock:
+            self._file.seek(info.offset)
+            return self._reader(info, mode)
+
+    def close(self):
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+'''
+TRACE = """Question: 17 + 48 * 2
+<think>
+48 * 2 = 96
+17 + 96 = 113
+</think>
+<answer>113</answer>"""
+
+
+def write_run(folder: Path, steps: int = 1400, seed: int = 0) -> Path:
+    for name in ("samples", "evals"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    model = configs.to_toml(PRESETS["mini"]).replace("[", "[model.")
+    (folder / "config.toml").write_text("seed = 0\n\n[optim]\nlr = 0.02\n\n[model]\n" + model)
+    put(folder / "config.origin.json", {"optim.lr": "flag", "model.dim": "recipe quickstart", "seed": "default"})
+    (folder / "command.txt").write_text("shoal quickstart --minutes 10 --optim.lr 0.02\n")
+    versions = {"shoal-lm": "0.1.0", "torch": "2.13.0", "numpy": "2.3.5"}
+    machine = {"cpu": "a CPU with two threads", "cores": 2, "memory_gib": 7.8}
+    put(folder / "env.json", {"python": "3.11.7", "commit": "1a2b3c4d5e6f", "versions": versions} | machine)
+    put(folder / "status.json", {"state": "finished", "step": steps, "recipe": "quickstart"})
+    lines = "".join(json.dumps(line) + "\n" for line in metrics(steps, random.Random(seed)))
+    (folder / "metrics.jsonl").write_text(lines)
+    write_outcome(folder, steps)
+    return folder
+
+
+def metrics(steps: int, chance: random.Random):
+    seconds = 0.0
+    for step in range(1, steps + 1):
+        seconds += chance.gauss(0.405, 0.012) + (1.1 if step % 100 == 0 else 0.0)
+        loss = 2.45 + 3.6 * exp(-step / 90) + 2.2 * exp(-step / 520) + chance.gauss(0, 0.07)
+        line = {"step": step, "train/loss": loss, "train/mtp_loss": 1.22 * loss + 0.35 + chance.gauss(0, 0.05)}
+        line |= {"train/mtp_accept": 0.43 * (1 - exp(-step / 400)) + chance.gauss(0, 0.012)}
+        line |= {"train/tokens": 4096 * step, "time/seconds": seconds, "train/grad_norm": 0.4 + abs(chance.gauss(0, 0.1))}
+        rate = 4096 / 0.405 * (0.97 + chance.gauss(0, 0.015)) * min(1.0, 0.6 + step / 40)
+        line |= {"speed/tokens_per_second": rate, "speed/mfu": rate * 5.6e7 / 8.1e11}
+        line |= {"moe/load_max_over_mean": 1.12 + 2.1 * exp(-step / 130) + abs(chance.gauss(0, 0.05))}
+        if step % 70 == 0:
+            line["eval/bits_per_byte"] = 0.82 + 1.9 * exp(-step / 110) + 0.55 * exp(-step / 480)
+        yield line
+
+
+def write_outcome(folder: Path, steps: int) -> None:
+    sampling = {"step": steps, "temperature": 0.8, "top_p": 0.95, "seed": 1}
+    put(folder / "samples/1.json", {"prompt": "class Archive:\n    def open(", "text": SAMPLE, "tokens": 118} | sampling)
+    question, answer = TRACE.split("\n", 1)
+    put(folder / "samples/2.json", {"prompt": question + "\n", "text": answer, "tokens": 33} | sampling)
+    yardsticks = {"gzip -9": 1.71, "xz -9e": 1.354}
+    held_out = {"name": "held-out text", "metric": "bits_per_byte", "value": 0.8617, "better": "lower"}
+    put(folder / "evals/held_out.json", held_out | {"measured_on": "1.9 MB of python-stdlib", "yardsticks": yardsticks})
+    chance = random.Random(1)
+    load = [[max(0.02, chance.gauss(1, 0.22)) for _ in range(8)] for _ in range(4)]
+    put(folder / "evals/expert_load.json", {"layers": [1, 2, 3, 4], "load": load})
+    ten_minutes = {"tokens": 5734400, "seconds": 582.0, "flops": 3.21e14, "tokens_per_second": 9850, "mfu": 0.68}
+    planned = ten_minutes | {"energy_kwh_estimate": 0.0026, "usd": 0.0162, "steps": 1400, "peak_memory_bytes": 1.31e9}
+    took = planned | {"seconds": 573.4, "tokens_per_second": 10000, "mfu": 0.69, "peak_memory_bytes": 1.22e9}
+    why = ["a micro batch of 4,096 tokens took 0.40 s here, 10,240 tokens/s; the update takes 0.02 s more"]
+    put(folder / "plan.json", planned | {"why": why, "machine": {"name": "two threads"}})
+    again = 'shoal generate runs/latest --prompt "class Archive:"'
+    put(folder / "receipt.json", took | {"bits_per_byte": 0.8617, "next_command": again})
+
+
+def put(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value))
