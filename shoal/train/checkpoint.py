@@ -33,24 +33,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shoal.errors import CheckpointError, ResourceError
+from shoal.model.hf_files import Planned, write_json, write_safetensors
 from shoal.train import manifest
 
 STATE, COUNTERS = "train_state/state.safetensors", "train_state/counters.json"
-CHUNK_BYTES = 8 << 20  # hashed and written at a time
 SPARE_BYTES = 16 << 20  # room for the small files: config, tokenizer, headers
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAKE_ROOM = "free some space or keep fewer checkpoints, then continue with --resume"
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class Checkpoint(NamedTuple):
@@ -95,6 +84,7 @@ class Saver:
     """
 
     def __init__(self, root: Path, write_model: Callable[[dict[str, Tensor], Path], None], keep: int):
+        assert keep >= 1, keep
         self.root, self.write_model, self.keep = root, write_model, keep
         self.weights: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -134,7 +124,7 @@ class Saver:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             write_model = partial(self.write_model, self.weights)
             save(self.root, step, write_model, self.tensors, json.loads(counters), self.keep)
-        except BaseException as error:  # noqa: BLE001 (the thread ends here; the loop hears of it)
+        except BaseException as error:  # the thread ends here; the loop hears of it
             self.failure = error
 
 
@@ -157,10 +147,8 @@ def save(
             manifest.sync_directory(root)
         for _, old in [found for found in steps(root) if found[0] <= step][:-keep]:
             discard(old)
-    except Exception as error:
-        if told := explained(error, final):
-            raise told from error
-        raise
+    except OSError as error:
+        raise explained(error, final) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -170,31 +158,12 @@ def write(
 ) -> None:
     write_model(folder)
     (folder / STATE).parent.mkdir()
-    with manifest.HashedFile(folder / STATE) as state:
-        write_tensors(state, tensors)
-    with manifest.HashedFile(folder / COUNTERS) as numbers:
-        numbers.write(json.dumps(counters, indent=1).encode() + b"\n")
-    manifest.seal(folder, step, {STATE: state.entry, COUNTERS: numbers.entry})
-
-
-def write_tensors(out: manifest.HashedFile, tensors: dict[str, Tensor]) -> None:
-    """The safetensors format, streamed: 8 bytes of header length, a JSON header, then every tensor's bytes.
-
-    No copy of the whole is made; the library's own `save_file` would need a second read to hash. Tensors are
-    contiguous and on the host. Wider dtypes come first, so all stay aligned.
-    """
-    header, end = {}, 0
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    for name, t in ordered:
-        span = [end, end := end + t.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": span}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    out.write(len(text).to_bytes(8, "little") + text)
-    for _, t in ordered:
-        raw = t.reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(raw), CHUNK_BYTES):
-            out.write(raw[start : start + CHUNK_BYTES])
+    planned = [
+        Planned(name, t.dtype, tuple(t.shape), partial(tensors.__getitem__, name)) for name, t in tensors.items()
+    ]
+    write_safetensors(folder / STATE, planned)
+    write_json(folder / COUNTERS, counters)
+    manifest.seal(folder, step)
 
 
 def snapshot(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -224,15 +193,9 @@ def require_room(root: Path, step: int, n_bytes: int) -> None:
         raise ResourceError(got, f"{needed / 2**20:,.0f} MiB", MAKE_ROOM)
 
 
-def explained(error: Exception, final: Path) -> CheckpointError | ResourceError | None:
-    """A failed write in words; None for what is no failure of the disk. The safetensors library gives no error
-    number, but says "os error 28"."""
-    told = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else told and int(told[1])
+def explained(error: OSError, final: Path) -> CheckpointError | ResourceError:
     got = f"{error}, while writing {final}; earlier checkpoints are intact"
-    if number in OUT_OF_SPACE:
+    if error.errno in OUT_OF_SPACE:
         return ResourceError(f"the disk is full: {got}", "room for one more checkpoint", MAKE_ROOM)
-    if number:
-        fix = "look at the disk (dmesg) and its permissions, then continue with --resume"
-        return CheckpointError(f"the disk refused: {got}", "a disk that takes writes", fix)
-    return None
+    fix = "look at the disk (dmesg) and its permissions, then continue with --resume"
+    return CheckpointError(f"the disk refused: {got}", "a disk that takes writes", fix)

@@ -2,7 +2,7 @@
 
 `manifest.json` lists the size and SHA-256 of every other file, so a folder can say for itself whether it is whole, and
 if not, which file is missing, cut, flipped or extra. `seal` writes it last and leaves everything on the disk (fsync),
-ready for an atomic rename. Files that pass through `HashedFile` are hashed on their way out; others are read once.
+ready for an atomic rename. It reads every file once, just written and still in memory, so writers need not know of it.
 
 The manifest ends in its own SHA-256 and must be exactly the bytes that `encode` writes, so a byte flipped in it is not
 blamed on another file. This finds accidents. It is no signature.
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 NAME = "manifest.json"
 VERSION = 1
@@ -24,35 +24,13 @@ class Entry(NamedTuple):
     sha256: str
 
 
-class HashedFile:
-    """A new file, hashed while it is written, on the disk once the `with` block ends. Then `entry` describes it."""
-
-    entry: Entry
-
-    def __init__(self, path: Path):
-        self.file = open(path, "xb")  # noqa: SIM115 (closed by __exit__)
-        self.hash = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self.hash.update(data)
-        self.file.write(data)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        with self.file:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.entry = Entry(self.file.tell(), self.hash.hexdigest())
-
-
-def seal(folder: Path, step: int, known: Mapping[str, Entry]) -> None:
-    """Make every file below `folder` durable, then the manifest, then the directories. `known`: entries at hand."""
-    entries = {name: known.get(name) or synced(folder / name) for name in files(folder)}
-    with HashedFile(folder / NAME) as out:
+def seal(folder: Path, step: int) -> None:
+    """Make every file below `folder` durable, then the manifest, then the directories."""
+    entries = {name: measured(folder / name, durable=True) for name in files(folder)}
+    with open(folder / NAME, "xb") as out:
         out.write(encode(step, entries))
+        out.flush()
+        os.fsync(out.fileno())
     for directory, _, _ in os.walk(folder, topdown=False):
         sync_directory(directory)
 
@@ -115,17 +93,12 @@ def decode(raw: bytes, step: int) -> dict[str, Entry]:
     return entries
 
 
-def measured(path: Path) -> Entry:
+def measured(path: Path, durable: bool = False) -> Entry:
     with open(path, "rb") as file:
+        if durable:
+            os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Entry(file.tell(), digest)
-
-
-def synced(path: Path) -> Entry:
-    """Measure a file that somebody else wrote, and see that it is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return measured(path)
 
 
 def sync_directory(path: Path | str) -> None:
