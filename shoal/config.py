@@ -2,8 +2,8 @@
 
     config, origins = load(recipe(), read("mine.toml"), flags=["--optim.lr", "3e-4"], origin="recipe quickstart")
 
-A key is the dotted path of a leaf (`model.attention.kv_lora_rank`); tuples are leaves. Every leaf has an origin, so that
-a run can say where each value came from. Layers are merged first and the dataclasses built once, so a `__post_init__`
+A key is the dotted path of a leaf (`model.attention.kv_lora_rank`); tuples are leaves. Every leaf has an origin, so a
+run can say where each value came from. Layers are merged first and the dataclasses built once, so a `__post_init__`
 that checks two fields against each other sees only the final pair.
 
 TOML has no null and no unions, so None is written "none", and where a field may hold one of several dataclasses the

@@ -1,7 +1,7 @@
 """Every error a user can meet. Each says three things: what we got, what we expected, how to fix it.
 
-A `ShoalError` is the fault of something outside the code (a flag, a file, a model folder, the machine); the command line
-prints it without a trace and exits with `exit_code`. Faults inside the code are plain `assert`s and keep their trace.
+A `ShoalError` is the fault of something outside the code (a flag, a file, a model folder, the machine); the command
+line prints it without a trace and exits with `exit_code`. Faults inside the code are plain `assert`s and keep theirs.
 """
 
 

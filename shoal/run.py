@@ -80,6 +80,9 @@ class Run:
         replace_text(self.path / "config.toml", to_toml(config, origins))
         replace_text(self.path / "config.origin.json", json.dumps(dict(origins), indent=1) + "\n")
 
+    def origins(self) -> dict[str, str]:
+        return read_json(self.path / "config.origin.json")
+
     def write_env(self, **facts: Any) -> None:
         """Add facts of the place it runs in (threads, measured peaks) to env.json."""
         replace_text(self.path / "env.json", json.dumps(self.env() | facts, indent=1) + "\n")
@@ -137,7 +140,7 @@ class Run:
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
-                raise RunError(f"{self.path} is in use by {owner}", "a run nobody writes to", "stop that one, or wait")
+                raise RunError(f"{self.path} is in use by {owner}", "a run nobody writes to", "stop that one") from None
             file.truncate(0)
             file.write(f"process {os.getpid()}")
             file.flush()

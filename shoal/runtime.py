@@ -15,6 +15,7 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -145,3 +146,40 @@ def cpu_flags() -> frozenset[str]:
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
+
+
+# What the machine can do, measured. Other processes slow it down, so the best of many short tries counts.
+
+
+def gemm_flops(dtype: str, device: str = "cpu", seconds: float = 1.0) -> float:
+    """The best FLOP/s of one square product in "bfloat16" or "float32": the denominator of MFU."""
+    import torch
+
+    best = 0.0
+    for n in (1024, 2048) if device == "cpu" else (4096, 8192):
+        a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+        best = max(best, 2 * n**3 / _shortest(lambda a=a, b=b: a @ b.T, device, seconds / 2))
+    return best
+
+
+def read_bytes_per_s(device: str = "cpu", seconds: float = 0.5) -> float:
+    """The best rate of reading 256 MiB, more than any cache holds."""
+    import torch
+
+    x = torch.ones(2**26, device=device)
+    return x.nbytes / _shortest(x.sum, device, seconds)
+
+
+def _shortest(call: Callable[[], object], device: str, seconds: float) -> float:
+    """Seconds of the fastest call, over `seconds` of calls after one that warms up."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    call()
+    wait()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        call()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,4 +1,4 @@
-"""What all tests share: one thread (shapes are tiny), repeatable property tests, skips where the machine lacks a part."""
+"""What all tests share: one thread (shapes are tiny), repeatable property tests, skips where parts are missing."""
 
 import os
 

@@ -42,7 +42,7 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    """Modules a file imports; `from a import b` as a.b where that is a module of ours, else as a."""
+    """Modules a file imports; `from a import b` as a.b where that is a module of ours or torch's, else as a."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -55,7 +55,7 @@ def imports(path: Path) -> list[str]:
 
 def whole(module: str, name: str) -> str:
     path = ROOT.joinpath(*module.split("."), name)
-    return f"{module}.{name}" if path.with_suffix(".py").exists() or path.is_dir() else module
+    return f"{module}.{name}" if path.with_suffix(".py").exists() or path.is_dir() or module == "torch" else module
 
 
 def ours(path: Path) -> list[str]:
@@ -104,10 +104,7 @@ def mentions_collectives(path: Path) -> bool:
     """`torch.distributed` imported in any form, or written out."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     written = any(ast.unparse(n) == "torch.distributed" for n in nodes if isinstance(n, ast.Attribute))
-    picked = any(
-        n.module == "torch" and n.names[0].name == "distributed" for n in nodes if isinstance(n, ast.ImportFrom)
-    )
-    return written or picked or any(name.startswith("torch.distributed") for name in imports(path))
+    return written or any(name.startswith("torch.distributed") for name in imports(path))
 
 
 def torch_free() -> list[str]:

@@ -29,9 +29,8 @@ def main() -> int:
         files[room] += 1
         if n_lines > FILE_LIMIT:
             too_long.append(f"{name}: {n_lines} lines, at most {FILE_LIMIT}")
-        too_long += [
-            f"{name}: {f} has {n} lines, at most {FUNCTION_LIMIT}" for f, n in functions(path) if n > FUNCTION_LIMIT
-        ]
+        long = [(f, n) for f, n in functions(path) if n > FUNCTION_LIMIT]
+        too_long += [f"{name}: {f} has {n} lines, at most {FUNCTION_LIMIT}" for f, n in long]
     for room in sorted(lines):
         print(f"{room:<18} {files[room]:>4} files {lines[room]:>6} lines")
     package = sum(n for room, n in lines.items() if room.startswith("shoal"))

@@ -67,7 +67,15 @@ def test_names_are_the_published_ones(tmp_path):
     hf.save(random_model(), tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
     layer = "model.layers.1."
-    for name in ("q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"):
+    for name in (
+        "q_a_proj",
+        "q_a_layernorm",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_a_layernorm",
+        "kv_b_proj",
+        "o_proj",
+    ):
         assert f"{layer}self_attn.{name}.weight" in names
     for name in ("gate.e_score_correction_bias", "experts.7.down_proj.weight", "shared_experts.up_proj.weight"):
         assert f"{layer}mlp.{name}" in names

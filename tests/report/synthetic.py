@@ -54,7 +54,11 @@ def metrics(steps: int, chance: random.Random):
         loss = 2.45 + 3.6 * exp(-step / 90) + 2.2 * exp(-step / 520) + chance.gauss(0, 0.07)
         line = {"step": step, "train/loss": loss, "train/mtp_loss": 1.22 * loss + 0.35 + chance.gauss(0, 0.05)}
         line |= {"train/mtp_accept": 0.43 * (1 - exp(-step / 400)) + chance.gauss(0, 0.012)}
-        line |= {"train/tokens": 4096 * step, "time/seconds": seconds, "train/grad_norm": 0.4 + abs(chance.gauss(0, 0.1))}
+        line |= {
+            "train/tokens": 4096 * step,
+            "time/seconds": seconds,
+            "train/grad_norm": 0.4 + abs(chance.gauss(0, 0.1)),
+        }
         rate = 4096 / 0.405 * (0.97 + chance.gauss(0, 0.015)) * min(1.0, 0.6 + step / 40)
         line |= {"speed/tokens_per_second": rate, "speed/mfu": rate * 5.6e7 / 8.1e11}
         line |= {"moe/load_max_over_mean": 1.12 + 2.1 * exp(-step / 130) + abs(chance.gauss(0, 0.05))}
@@ -65,7 +69,9 @@ def metrics(steps: int, chance: random.Random):
 
 def write_outcome(folder: Path, steps: int) -> None:
     sampling = {"step": steps, "temperature": 0.8, "top_p": 0.95, "seed": 1}
-    put(folder / "samples/1.json", {"prompt": "class Archive:\n    def open(", "text": SAMPLE, "tokens": 118} | sampling)
+    put(
+        folder / "samples/1.json", {"prompt": "class Archive:\n    def open(", "text": SAMPLE, "tokens": 118} | sampling
+    )
     question, answer = TRACE.split("\n", 1)
     put(folder / "samples/2.json", {"prompt": question + "\n", "text": answer, "tokens": 33} | sampling)
     yardsticks = {"gzip -9": 1.71, "xz -9e": 1.354}

@@ -1,0 +1,68 @@
+"""`shoal VERB …`. Each verb is one module with `main(argv) -> exit code`, imported when it is asked for.
+
+Nothing here imports torch, numpy or rich, so that help and misspellings are answered at once.
+"""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+from shoal.errors import ShoalError
+
+VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first day
+    "doctor": ("doctor", "hardware, threads, memory, disk; what is missing and how to get it"),
+    "quickstart": ("quickstart", "train, sample and report a model that fits this machine and your minutes"),
+    "pretrain": ("pretrain", "train a recipe; --resume continues one bit for bit"),
+    "generate": ("generate", "continue a prompt with a model"),
+    "score": ("score", "log-probabilities and bits per byte of a text"),
+    "runs": ("runs", "list, show, compare and report runs"),
+    "data": ("data", "turn text into shards"),
+    "tokenizer": ("tokenizer", "train a tokenizer"),
+    "export": ("export", "write a model as a Hugging Face folder"),
+    "import": ("import_", "take in a Hugging Face folder"),
+}
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def main() -> int:
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("shoal-lm"))
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        close = get_close_matches(verb, VERBS, n=1, cutoff=0.4)
+        print(f"shoal: no verb {verb!r}" + (f"; did you mean {close[0]}?" if close else "") + "\n", file=sys.stderr)
+        print(usage(), file=sys.stderr)
+        return 2
+    return run_verb(verb, rest)
+
+
+def run_verb(verb: str, argv: list[str]) -> int:
+    """A verb's exit code; the user's errors without a trace, our own with one."""
+    try:
+        return import_module(f"shoal.cli.{VERBS[verb][0]}").main(argv)
+    except ShoalError as e:
+        print(f"shoal {verb}: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print(f"shoal {verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left: `shoal runs ls | head`
+        sys.stderr.close()
+        return 0
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {does}" for verb, (_, does) in VERBS.items())
+    return f"usage: shoal VERB …      `shoal VERB --help` says more\n\n{verbs}\n\nfirst: shoal quickstart --minutes 10"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The command line: help without torch, misspellings, errors without traces, verbs that read run directories."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shoal.cli import doctor, main, runs
+from shoal.cli import pretrain as verb
+from shoal.errors import ConfigError, ResourceError, RunError
+from shoal.run import Run
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "tyro", "rich", "numpy", "transformers", "matplotlib"}
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """Stands for PretrainConfig: the verb only layers, it knows no field but those a resume may change."""
+
+    lr: float = 0.1
+    minutes: float | None = None
+    eval: Eval = Eval()
+
+
+def shoal(*argv: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command."""
+    words = [sys.executable, "-m", "shoal.cli.main", *argv]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_imports_nothing_heavy(monkeypatch, capsys):
+    listing = "import sys; sys.argv[1:] = ['--help']; from shoal.cli.main import main; main(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert "shoal.errors" in modules and not modules & HEAVY
+    assert all(verb in done.stdout for verb in main.VERBS)
+
+
+def test_every_verb_exists():
+    missing = [m for m, _ in main.VERBS.values() if not (ROOT / "shoal" / "cli" / f"{m}.py").exists()]
+    assert not missing
+
+
+def test_an_unknown_verb_names_the_nearest():
+    code, _, err = shoal("pretrian")
+    assert code == 2 and "did you mean pretrain?" in err and "Traceback" not in err
+
+
+def test_a_users_error_has_no_trace_and_its_own_exit_code(monkeypatch, capsys):
+    def full(argv):
+        raise ResourceError("12 GiB needed", "8 GiB", "take a smaller model")
+
+    monkeypatch.setattr(doctor, "main", full)
+    assert main.run_verb("doctor", []) == 3
+    assert capsys.readouterr().err == "shoal doctor: 12 GiB needed\n  expected: 8 GiB\n  fix: take a smaller model\n"
+
+
+def test_interrupting_is_not_a_crash(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "main", interrupted)
+    assert main.run_verb("doctor", []) == 130
+    assert capsys.readouterr().err == "shoal doctor: interrupted\n"
+
+
+def test_our_own_faults_keep_their_trace(monkeypatch):
+    monkeypatch.setattr(doctor, "main", lambda argv: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        main.run_verb("doctor", [])
+
+
+def test_pretrain_tells_its_own_flags_from_the_configs():
+    words = "mini -c a.toml --optim.lr 3e-4 --compile --shift -1 --resume k3f9 -c b.toml --out x --a.b=c --dry-run"
+    asked = verb.parse(words.split())
+    assert asked == verb.Asked(
+        "mini",
+        ["a.toml", "b.toml"],
+        ["--optim.lr", "3e-4", "--compile", "--shift", "-1", "--a.b=c"],
+        "k3f9",
+        "x",
+        True,
+        False,
+    )
+    assert verb.parse(["--resume", "--print-config"]) == verb.Asked(resume="", print_config=True)
+    with pytest.raises(ConfigError, match="--out at the end"):
+        verb.parse(["mini", "--out"])
+
+
+def test_an_unknown_recipe_names_the_nearest(monkeypatch):
+    monkeypatch.setattr(verb, "recipe_names", lambda: ["quickstart", "traditional"])
+    with pytest.raises(ConfigError, match="did you mean quickstart"):
+        verb.recipe("quikstart")
+
+
+@pytest.fixture
+def two_runs(tmp_path, monkeypatch) -> tuple[Run, Run]:
+    monkeypatch.chdir(tmp_path)
+    made = [Run.create("mini", f"runs/{name}", Config(lr), {"lr": "flag"}, ["shoal"]) for name, lr in PAIRS]
+    for i, run in enumerate(made):
+        run.log(1, {"train/loss": 5.0, "train/tokens": 100})
+        run.log(2, {"train/loss": 4.25 - i, "eval/bits_per_byte": 1.5})
+        run.status(created=f"2026-11-2{i}")
+    return made[0], made[1]
+
+
+PAIRS = [("first", 0.1), ("second", 0.2)]
+
+
+def test_runs_are_listed_newest_first_with_their_last_values(two_runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert runs.main(["ls"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["run", "second", "first"]
+    assert lines[1][1:6] == ["created", "2", "100", "3.25", "1.5"]
+
+
+def test_comparison_shows_what_differs_and_nothing_else(two_runs, capsys):
+    assert runs.main(["compare", "first", "second"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["lr"] == ["0.1", "0.2"] and rows["train/loss"] == ["4.25", "3.25"]
+    assert "minutes" not in rows
+
+
+def test_show_and_unknown_runs(two_runs, capsys):
+    assert runs.main(["show", "latest"]) == 0
+    assert "second" in capsys.readouterr().out
+    with pytest.raises(RunError, match="did you mean first"):
+        runs.main(["show", "frist"])
+
+
+def test_a_resumed_run_keeps_its_settings(two_runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shoal.train.config", type(sys)("shoal.train.config"))
+    monkeypatch.setattr(sys.modules["shoal.train.config"], "PretrainConfig", Config, raising=False)
+    first, second = two_runs
+    assert verb.resumed(verb.parse(["mini", "--resume"])).id == second.id
+    assert verb.resumed(verb.parse(["--resume", "first"])).id == first.id
+    with pytest.raises(RunError, match="no run of other"):
+        verb.resumed(verb.parse(["other", "--resume"]))
+    config, origins = verb.reconfigured(first, verb.parse("--resume --minutes 3 --eval.every 5".split()))
+    assert config == Config(0.1, 3.0, Eval(5))
+    assert origins == {"lr": "flag", "minutes": "flag", "eval.every": "flag"}
+    with pytest.raises(ConfigError, match="lr differ from what first was started with"):
+        verb.reconfigured(first, verb.parse("--resume --lr 1".split()))
+
+
+def test_doctor_measures_and_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "package_version", lambda name: None if name == "transformers" else "1")
+    assert doctor.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["gemm_bf16_gflops"] > 1 and facts["read_gb_per_s"] > 0.1 and facts["threads"] >= 1
+    assert any("transformers is missing" in line and "shoal-lm[interop]" in line for line in facts["advice"])
