@@ -62,7 +62,12 @@ def setup(threads: int | None = None, seed: int = 0, device: Literal["cpu", "cud
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     seed_everything(seed)
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
-    return Runtime(device, threads, seed, f"{device} {name} · {threads} threads ({why}) · {memory}")
+    return Runtime(
+        device,
+        threads,
+        seed,
+        f"{device} {name} · {threads} {'thread' if threads == 1 else 'threads'} ({why}) · {memory}",
+    )
 
 
 def seed_everything(seed: int) -> None:

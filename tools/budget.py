@@ -23,7 +23,8 @@ def main() -> int:
     lines, files, too_long = Counter(), Counter(), []
     for path in sorted(p for top in ("shoal", "tests", "bench") for p in (ROOT / top).rglob("*.py")):
         name = path.relative_to(ROOT)
-        room = "/".join(name.parts[:2]) if name.parts[0] == "shoal" and len(name.parts) > 2 else name.parts[0]
+        top, *below = name.parts
+        room = f"{top}/{below[0]}" if top == "shoal" and len(below) > 1 else top
         n_lines = len(path.read_text().splitlines())
         lines[room] += n_lines
         files[room] += 1

@@ -37,7 +37,7 @@ LEAST_MEMORY_GIB, LEAST_DISK_GIB = 4, 5
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shoal doctor", description=__doc__.partition(":")[2].strip())
+    parser = argparse.ArgumentParser(prog="shoal doctor", description="What this machine has and lacks.")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     args = parser.parse_args(argv)
     facts = examine()

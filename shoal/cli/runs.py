@@ -15,7 +15,7 @@ LAST = ("train/tokens", "train/loss", "eval/bits_per_byte", "speed/tokens_per_se
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shoal runs", description=__doc__.partition(":")[2].strip())
+    parser = argparse.ArgumentParser(prog="shoal runs", description="Look at what was trained.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls|show|compare|report")
     verbs.add_parser("ls", help="all runs, the newest first").add_argument("--root", default=RUNS)
     name = "a run: its path, id, the start or end of its id, or latest"
