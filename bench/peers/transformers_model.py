@@ -27,21 +27,21 @@ def random_peer(config: ModelConfig, seed: int):
     raw = to_hf_config(config, "float32")
     theirs = AutoConfig.for_model(raw.pop("model_type"), **raw)
     model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32, attn_implementation="eager").eval()
-    randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed), config.tie_embeddings)
     return model
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
+def randomise(model: torch.nn.Module, generator: torch.Generator, tied: bool) -> None:
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("norm.weight"):
             p.copy_(0.5 + torch.rand(p.shape, generator=generator))
         elif name.endswith(("bias", "e_score_correction_bias")):
             p.normal_(0, 0.2, generator=generator)
         elif "embed" in name:  # a tied one is the head too
-            p.normal_(0, 2 * p.shape[-1] ** -0.5 if model.config.tie_word_embeddings else 1, generator=generator)
+            p.normal_(0, 2 * p.shape[-1] ** -0.5 if tied else 1, generator=generator)
         elif p.dim() > 1:
-            p.normal_(0, 1.5 * p.shape[-1] ** -0.5, generator=generator)
+            p.normal_(0, p.shape[-1] ** -0.5, generator=generator)
 
 
 def open_folder(folder: Path):
