@@ -1,12 +1,12 @@
 """The charts of a report, each made from the metrics it needs or left out where they were not recorded."""
 
-from shoal.report.facts import Facts, number
+from shoal.report.facts import Facts
 from shoal.report.plots import Chart, Line, Mark, Points, interpolated, smoothed
-from shoal.report.words import count
+from shoal.report.words import short
 
 
 def loss(f: Facts) -> Chart | None:
-    """Next-token loss and that of the multi-token modules. The first moments, from chance on, would flatten the rest."""
+    """Next-token loss and that of the multi-token modules, without the first moments that would flatten the rest."""
     lines = [
         Line(name, smoothed(raw), colour, faint=raw)
         for name, metric, colour in (("next token", "train/loss", "a"), ("token after next", "train/mtp_loss", "b"))
@@ -16,32 +16,57 @@ def loss(f: Facts) -> Chart | None:
         return None
     low = min(y for line in lines for _, y in line.points)
     high = max(line.points[len(line.points) // 25][1] for line in lines)
-    start = f.series.get("train/loss", [(0, 0.0)])[0][1]
-    about = f"Nats a token on the training text, smoothed over its raw values. It starts at {start:.2f}, off the chart."
-    return Chart("Training loss", about, lines, **axis(f), format_y="{:.2f}".format, y_range=(low, high))
+    start = max(y for line in lines for _, y in line.points[:1])
+    off = f" The start, from {start:.1f} down, is off the chart." if start > 1.1 * high else ""
+    about = f"Nats a token on the training text, smoothed over its raw values.{off}"
+    return Chart(
+        "Training loss",
+        about,
+        lines,
+        **axis(f),
+        format_y="{:.2f}".format,
+        format_tick="{:g}".format,
+        y_range=(low, high),
+    )
 
 
 def held_out(f: Facts) -> Chart | None:
     points = over_time(f, "eval/bits_per_byte")
     if not points:
         return None
-    others = f.evals.get("held_out", {}).get("yardsticks") or {}
     low, high = min(y for _, y in points), max(y for _, y in points)
-    marks = [Mark(str(name), y) for name, y in others.items() if number(y) and y < 2 * high]
+    marks = [Mark(name, y) for name, y in f.yardsticks().items() if y < 2 * high]
     about = "Bits needed for a byte of text the model never saw: 8 is knowing nothing, lower is better."
     line = Line("held out", points, "a", dots=len(points) <= 60)
-    low, high = min(low, *(m.y for m in marks), low), max(high, *(m.y for m in marks), high)
-    return Chart("Held-out text", about, [line], **axis(f), format_y="{:.2f}".format, marks=marks, y_range=(low, high))
+    low, high = min([low, *(m.y for m in marks)]), max([high, *(m.y for m in marks)])
+    return Chart(
+        "Held-out text",
+        about,
+        [line],
+        **axis(f),
+        format_y="{:.2f}".format,
+        format_tick="{:g}".format,
+        marks=marks,
+        y_range=(low, high),
+    )
 
 
 def balance(f: Facts) -> Chart | None:
     points = over_time(f, "moe/load_max_over_mean")
     if not points:
         return None
-    about = "Load of the busiest expert over the mean; 1 is perfect balance, kept by the router's bias alone."
+    about = "Load of the busiest expert over the mean of all; 1 is perfect balance."
     lines = [Line("busiest expert", smoothed(points), "c", faint=points)]
     high = max(y for _, y in smoothed(points))
-    return Chart("Expert balance", about, lines, **axis(f), format_y="{:.2f}×".format, y_range=(1.0, high))
+    return Chart(
+        "Expert balance",
+        about,
+        lines,
+        **axis(f),
+        format_y="{:.2f}×".format,
+        format_tick="{:g}×".format,
+        y_range=(1.0, high),
+    )
 
 
 def speed(f: Facts) -> Chart | None:
@@ -50,7 +75,15 @@ def speed(f: Facts) -> Chart | None:
         return None
     lines = [Line("tokens a second", smoothed(points, 0.01), "a", faint=points)]
     high = max(y for _, y in smoothed(points, 0.01))
-    return Chart("Throughput", "Tokens trained a second.", lines, **axis(f), format_y=count, y_range=(0.0, high))
+    return Chart(
+        "Throughput",
+        "Tokens trained a second, pauses for evaluation left out.",
+        lines,
+        **axis(f),
+        format_y="{:,.0f}".format,
+        format_tick=short,
+        y_range=(0.0, high),
+    )
 
 
 def utilisation(f: Facts) -> Chart | None:
@@ -87,8 +120,8 @@ def axis(f: Facts) -> dict:
     """What stands on the x axis: minutes, and under them the tokens read by then."""
     clock, tokens = f.series.get("time/seconds"), f.series.get("train/tokens")
     if not clock:
-        return dict(x_title="steps")
+        return {"x_unit": "steps"}
     if not tokens:
-        return dict(x_title="minutes")
+        return {"x_unit": "min"}
     by_minute = [(interpolated(clock, step) / 60, n) for step, n in tokens]
-    return dict(x_title="minutes", second_axis=lambda x: f"{count(interpolated(by_minute, x))} tokens")
+    return {"x_unit": "min", "second_axis": lambda x: f"{short(interpolated(by_minute, x))} tokens"}

@@ -9,7 +9,6 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,12 @@ class Facts:
         value = number(self.evals.get("held_out", {}).get("value"))
         return value if value is not None else self.last("eval/bits_per_byte")
 
+    def yardsticks(self) -> dict[str, float]:
+        """Bits per byte of ordinary compressors on the held-out text."""
+        found = self.evals.get("held_out", {}).get("yardsticks")
+        known = {str(name): number(y) for name, y in found.items()} if isinstance(found, dict) else {}
+        return {name: y for name, y in known.items() if y and y > 0}
+
 
 def read(run: Path) -> Facts:
     """Raises RunError only where there is no run at all."""
@@ -71,9 +76,22 @@ def read(run: Path) -> Facts:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else a file may hold in its place."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    return value if good else None
+    """A number one can reckon with, or None for anything else a file may hold in its place."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if -1e30 < value < 1e30 else None
+
+
+def numbers(value: Any) -> list[float]:
+    """A list of nothing but numbers, else an empty one."""
+    found = [number(x) for x in value] if isinstance(value, list) else []
+    return [] if None in found else [x for x in found if x is not None]
+
+
+def items(record: Mapping[str, Any], key: str) -> list[Any]:
+    """The list under `key`, empty where there is none."""
+    value = record.get(key)
+    return value if isinstance(value, list) else []
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -133,18 +151,21 @@ def _model(config: dict[str, Any], problems: list[str]) -> ModelConfig | None:
 
 
 def _series(path: Path, problems: list[str]) -> dict[str, list[tuple[int, float]]]:
-    series: dict[str, list[tuple[int, float]]] = {}
+    """Each metric in the order of its steps; a step written twice counts as it was written last."""
+    series: dict[str, dict[int, float]] = {}
     skipped = 0
     for line in (_text(path, problems) or "").splitlines():
         try:
             record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            step = number(record["step"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            step = None
+        if step is None:
             skipped += 1
             continue
         for name, value in record.items():
-            if name != "step" and number(value) is not None:
-                series.setdefault(name, []).append((step, float(value)))
+            if name != "step" and (y := number(value)) is not None:
+                series.setdefault(name, {})[int(step)] = y
     if skipped:
         problems.append(f"{skipped} damaged line{'s' if skipped > 1 else ''} in metrics.jsonl left out")
-    return series
+    return {name: sorted(points.items()) for name, points in series.items()}

@@ -25,7 +25,7 @@ from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.counts import count_parameters
 from shoal.plan import cost, memory
 from shoal.report import curves, plots, words
-from shoal.report.facts import Facts, flat, number, read
+from shoal.report.facts import Facts, flat, items, number, read
 from shoal.run import replace_text
 
 TEMPLATES = jinja2.Environment(
@@ -35,15 +35,15 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.ChainableUndefined,
 )
-TEMPLATES.filters |= dict(line=words.line, block=words.block)
+TEMPLATES.filters |= {"line": words.line, "block": words.block}
 
 
 def write(run: Path | str) -> Path:
     """Write report.html and report.md into the run and return the path of the page. RunError where there is no run."""
     folder = Path(run)
     view = look(read(folder), shown(folder))
-    for name in ("report.html", "report.md"):
-        replace_text(folder / name, TEMPLATES.get_template(f"template{Path(name).suffix}").render(view))
+    for name, template in (("report.html", "template.html"), ("report.md", "template.md.jinja")):
+        replace_text(folder / name, TEMPLATES.get_template(template).render(view))
     return folder / "report.html"
 
 
@@ -55,26 +55,28 @@ def shown(folder: Path) -> str:
 
 def look(facts: Facts, path: str) -> dict[str, Any]:
     """Everything the templates print, in words and geometry."""
-    return dict(
-        facts=facts,
-        verdict=words.verdict(facts),
-        state=facts.status.get("state"),
-        tiles=words.tiles(facts),
-        bars=yardsticks(facts),
-        school=school(facts.model),
-        charts=[chart for make in curves.ALL if (chart := make(facts))],
-        sparklines=list(sparklines(facts)),
-        heat=heat(facts.evals.get("expert_load", {})),
-        samples=facts.samples,
-        evals=[e for name, e in facts.evals.items() if name not in ("held_out", "expert_load") and "metric" in e],
-        receipt=list(receipt(facts)),
-        why=[str(s) for s in facts.plan.get("why") or []],
-        model=list(model_rows(facts.model)) if facts.model else [],
-        chosen=[(k, v, facts.origins[k]) for k, v in flat(facts.config) if facts.origins.get(k, "default") != "default"],
-        env=list(flat(facts.env)),
-        next_command=facts.receipt.get("next_command") or f'shoal generate {path} --prompt "def main("',
-        words=words,
-    )
+    return {
+        "facts": facts,
+        "verdict": words.verdict(facts),
+        "state": facts.status.get("state"),
+        "tiles": words.tiles(facts),
+        "bars": yardsticks(facts),
+        "school": school(facts.model),
+        "charts": [chart for make in curves.ALL if (chart := make(facts))],
+        "sparklines": list(sparklines(facts)),
+        "heat": heat(facts.evals.get("expert_load", {})),
+        "samples": [words.clipped(s) for s in facts.samples],
+        "evals": [e for name, e in facts.evals.items() if name not in ("held_out", "expert_load") and "metric" in e],
+        "receipt": list(receipt(facts)),
+        "why": items(facts.plan, "why"),
+        "model": list(model_rows(facts.model)) if facts.model else [],
+        "chosen": [
+            (k, v, facts.origins[k]) for k, v in flat(facts.config) if facts.origins.get(k, "default") != "default"
+        ],
+        "env": list(flat(facts.env)),
+        "next_command": words.text(facts.receipt.get("next_command")) or f'shoal generate {path} --prompt "def main("',
+        "words": words,
+    }
 
 
 def yardsticks(facts: Facts) -> list[dict[str, Any]]:
@@ -82,11 +84,10 @@ def yardsticks(facts: Facts) -> list[dict[str, Any]]:
     value = facts.bits_per_byte()
     if value is None:
         return []
-    others = facts.evals.get("held_out", {}).get("yardsticks") or {}
-    rows = [(str(name), y, False) for name, y in others.items() if number(y)] + [("this model", value, True)]
-    most = max(y for _, y, _ in rows) or 1.0
+    rows = [(name, y, False) for name, y in facts.yardsticks().items()] + [("this model", value, True)]
+    most = max(y for _, y, _ in rows)
     return [
-        dict(name=name, value=y, width=100 * y / most, ours=ours)
+        {"name": name, "value": y, "width": plots.clamp(100 * y / most, 0, 100) if most else 0, "ours": ours}
         for name, y, ours in sorted(rows, key=lambda row: -row[1])
     ]
 
@@ -96,7 +97,7 @@ def school(model: ModelConfig | None) -> list[dict[str, Any]]:
     if model is None:
         return []
     n, lit = (model.moe.n_routed_experts, model.moe.n_activated) if model.moe else (1, 1)
-    return [plots.fish(i, n) | dict(lit=i * lit % n < lit) for i in range(n)]
+    return [plots.fish(i, n) | {"lit": i * lit % n < lit} for i in range(n)]
 
 
 def sparklines(facts: Facts) -> Iterator[tuple[str, str, float, float]]:
@@ -108,8 +109,10 @@ def sparklines(facts: Facts) -> Iterator[tuple[str, str, float, float]]:
 def heat(load: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of expert shares, 1.0 being a fair one; a row that isn't numbers is left out."""
     names, rows = load.get("layers") or [], load.get("load") or []
-    whole = [(n, row) for n, row in zip(names, rows) if isinstance(row, list) and all(number(x) is not None for x in row)]
-    return [dict(name=n, cells=[plots.heat_cell(x) for x in row], peak=max(row)) for n, row in whole if row]
+    whole = [
+        (n, row) for n, row in zip(names, rows) if isinstance(row, list) and all(number(x) is not None for x in row)
+    ]
+    return [{"name": n, "cells": [plots.heat_cell(x) for x in row], "peak": max(row)} for n, row in whole if row]
 
 
 def receipt(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
@@ -118,8 +121,12 @@ def receipt(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
         before, after = (number(side.get(field.name)) for side in (facts.plan, facts.receipt))
         if before is None and after is None:
             continue
-        ratio = f"{100 * (after / before - 1):+.1f}%" if before and after is not None else ""
-        yield words.ACCOUNT[field.name], words.amount(field.name, before), words.amount(field.name, after), ratio
+        yield (
+            words.ACCOUNT[field.name],
+            words.UNPREDICTED if before is None else words.amount(field.name, before),
+            words.MISSING if after is None else words.amount(field.name, after),
+            words.change(before, after),
+        )
 
 
 def model_rows(m: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ top left corner.
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from math import ceil, cos, floor, log2, log10, pi, sin
 
 Points = Sequence[tuple[float, float]]
@@ -64,8 +65,9 @@ class Chart:
     title: str
     about: str
     lines: list[Line]
-    x_title: str
+    x_unit: str
     format_y: Callable[[float], str] = "{:.3g}".format
+    format_tick: Callable[[float], str] | None = None  # where ticks need fewer digits than values
     marks: list[Mark] = field(default_factory=list)
     y_range: tuple[float, float] | None = None
     second_axis: Callable[[float], str] | None = None  # what to print under an x tick
@@ -92,18 +94,19 @@ class Chart:
     @property
     def x_ticks(self) -> list[Tick]:
         second = self.second_axis or (lambda _: "")
-        return [Tick(self.x(v), f"{v:,g}", second(v)) for v in nice(self.x_low, self.x_high, 6)]
+        values = nice(self.x_low, self.x_high, 5)
+        return [Tick(self.x(v), f"{v:,g} {self.x_unit}" if v else "0", second(v) if v else "") for v in values]
 
     @property
     def y_ticks(self) -> list[Tick]:
-        return [Tick(self.y(v), self.format_y(v)) for v in nice(self.y_low, self.y_high, 5)]
+        return [Tick(self.y(v), (self.format_tick or self.format_y)(v)) for v in nice(self.y_low, self.y_high, 5)]
 
     @property
     def zones(self) -> list[Zone]:
         """Strips about as wide as the pointer is precise, each saying the nearest value of every line."""
         longest = max((line.points for line in self.lines), key=len, default=())
         xs = [x for x, _ in thinned(longest, HOVER_ZONES)]
-        edges = [self.x_low, *((a + b) / 2 for a, b in zip(xs, xs[1:])), self.x_high]
+        edges = [self.x_low, *((a + b) / 2 for a, b in pairwise(xs)), self.x_high]
         return [self.zone(x, left, right) for x, left, right in zip(xs, edges, edges[1:])]
 
     def zone(self, x: float, left: float, right: float) -> Zone:
@@ -112,16 +115,16 @@ class Chart:
         for line in self.lines:
             y = nearest(line.points, x)[1]
             values.append((line.colour, line.name, self.format_y(y), clamp(self.y(y), 0, 100)))
-        return Zone(self.x(left), self.x(right) - self.x(left), self.x(x), f"{x:.4g} {self.x_title}{below}", values)
+        return Zone(self.x(left), self.x(right) - self.x(left), self.x(x), f"{x:.4g} {self.x_unit}{below}", values)
 
 
 def nice(low: float, high: float, about: int) -> list[float]:
     """Round numbers inside [low, high], roughly `about` of them: steps of 1, 2, 2.5 or 5 times a power of ten."""
-    if high <= low:
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
         return [low]
     raw = (high - low) / about
     power = 10.0 ** floor(log10(raw))
-    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    step = power * next((m for m in (1, 2, 2.5, 5) if m * power >= raw * 0.999), 10)
     first, last = ceil(low / step - 1e-9), floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
@@ -134,13 +137,12 @@ def thinned(points: Points, most: int = MAX_POINTS) -> Points:
 
 
 def smoothed(points: Points, share: float = 0.02) -> Points:
-    """A running mean whose memory is `share` of the series, without the lag of its start (divided by its weight)."""
-    decay = 1 - 1 / max(1.0, share * len(points))
-    mean = weight = 0.0
-    result = []
-    for x, y in points:
-        mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
-        result.append((x, mean / weight))
+    """The mean over a window of `share` of the series around each point, narrower towards the ends: it never lags."""
+    sums = [0.0, *accumulate(y for _, y in points)]
+    result, half = [], int(share * len(points) / 2)
+    for i, (x, _) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)
+        result.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
     return result
 
 
@@ -155,7 +157,7 @@ def interpolated(points: Points, x: float) -> float:
     if at == 0 or at == len(points):
         return points[min(at, len(points) - 1)][1]
     (x0, y0), (x1, y1) = points[at - 1], points[at]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return y0 + (y1 - y0) * (x - x0) / ((x1 - x0) or 1.0)
 
 
 def clamp(value: float, low: float, high: float) -> float:
@@ -174,7 +176,7 @@ def fish(i: int, n: int) -> dict[str, float]:
     radius, angle = ((i + 0.5) / n) ** 0.5, i * pi * (3 - 5**0.5)
     x, y = 50 + 42 * radius * cos(angle), 50 + 40 * radius * sin(angle)
     width = min(24.0, 62 / n**0.5) * (1.15 - 0.35 * radius)
-    return dict(x=round(x, 2), y=round(y, 2), turn=round(14 * sin(3 * angle) - 6, 1), width=round(width, 2))
+    return {"x": round(x, 2), "y": round(y, 2), "turn": round(14 * sin(3 * angle) - 6, 1), "width": round(width, 2)}
 
 
 def heat_cell(share: float) -> dict[str, float | str]:

@@ -6,7 +6,8 @@ from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.counts import count_parameters
 from shoal.report.facts import Facts, number
 
-MISSING = "not measured"
+LONGEST = 6000  # characters of a sample
+MISSING, UNPREDICTED = "not measured", "not predicted"
 
 ACCOUNT = {
     "tokens": "tokens read",
@@ -30,6 +31,12 @@ def count(n: float) -> str:
     return f"{n:g}"
 
 
+def short(n: float) -> str:
+    """4.2M, 10K: two significant digits, for ticks."""
+    digits = count(float(f"{n:.2g}"))
+    return re.sub(r"\.?0+(?=[A-Z]|$)", "", digits) if "." in digits else digits
+
+
 def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -47,10 +54,8 @@ def exponent(n: float) -> str:
     return f"{mantissa} × 10" + str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def amount(field: str, value: float | None) -> str:
+def amount(field: str, value: float) -> str:
     """A field of plan.cost.Account with its unit."""
-    if value is None:
-        return MISSING
     if field == "energy_kwh_estimate":
         return f"{1000 * value:.1f} Wh" if value < 1 else f"{value:,.1f} kWh"
     form = {
@@ -67,8 +72,16 @@ def amount(field: str, value: float | None) -> str:
     return form[field](value)
 
 
+def change(before: float | None, after: float | None) -> str:
+    """ "+1.5%", with a real minus; nothing where either is missing."""
+    if not before or after is None:
+        return ""
+    percent = 100 * (after / before - 1)
+    return "0%" if abs(percent) < 0.05 else f"{percent:+.1f}%".replace("-", "−")
+
+
 def kind(m: ModelConfig) -> str:
-    """"a mixture-of-experts model with latent attention and multi-token prediction"."""
+    """ "a mixture-of-experts model with latent attention and multi-token prediction"."""
     parts = ["latent attention"] if isinstance(m.attention, MLAConfig) else ["grouped-query attention"]
     parts += ["multi-token prediction"] if m.n_mtp else []
     return ("a mixture-of-experts model" if m.moe else "a dense model") + " with " + " and ".join(parts)
@@ -92,9 +105,8 @@ def verdict(f: Facts) -> list[str]:
 
 
 def against(f: Facts, value: float) -> str:
-    """"…, 35% less than xz -9e": the strongest of the yardsticks."""
-    others = f.evals.get("held_out", {}).get("yardsticks") or {}
-    known = {str(name): y for name, y in others.items() if number(y)}
+    """ "…, 35% less than xz -9e": the strongest of the yardsticks."""
+    known = f.yardsticks()
     if not known:
         return ""
     name = min(known, key=known.__getitem__)
@@ -117,9 +129,7 @@ def kept(f: Facts) -> str:
         return "How long it would take was not predicted." if took else ""
     change = took / planned - 1
     if abs(change) < 0.005:
-        return f"The predicted {duration(planned)} were kept to the second." if abs(took - planned) < 1 else (
-            f"The predicted {duration(planned)} were kept."
-        )
+        return f"The predicted {duration(planned)} were kept."
     return f"It took {abs(change):.0%} {'longer' if change > 0 else 'less'} than the {duration(planned)} predicted."
 
 
@@ -134,11 +144,26 @@ def tiles(f: Facts) -> list[tuple[str, str, str]]:
     value = f.bits_per_byte()
     planned = number(f.plan.get("seconds"))
     return [
-        ("held-out text", f"{value:.3f}" if value is not None else MISSING, "bits per byte" if value is not None else ""),
+        (
+            "held-out text",
+            f"{value:.3f}" if value is not None else MISSING,
+            "bits per byte" if value is not None else "",
+        ),
         ("training time", duration(seconds) if seconds else MISSING, f"{duration(planned)} planned" if planned else ""),
         ("tokens read", count(tokens) if tokens else MISSING, f"{rate:,.0f} a second" if rate else ""),
-        ("cost", money(usd) if usd is not None else MISSING, f"{mfu:.0%} of the machine's peak used" if mfu else ""),
+        ("cost", money(usd) if usd is not None else MISSING, f"{mfu:.0%} of the machine's peak" if mfu else ""),
     ]
+
+
+def text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def clipped(sample: dict) -> dict:
+    """A sample whose text is no longer than a page wants to show; what is cut off is counted."""
+    written = text(sample.get("text"))
+    more = f"\n… {len(written) - LONGEST:,} characters more" if len(written) > LONGEST else ""
+    return sample | {"prompt": text(sample.get("prompt")), "text": written[:LONGEST] + more}
 
 
 def line(text: object) -> str:
