@@ -45,17 +45,18 @@ def main(argv: list[str]) -> int:
         print(configs.to_toml(config, origins), end="")
         return 0
 
-    from shoal.train import pretrain
+    from shoal.cli.progress import teller
+    from shoal.recipes import _job
 
     if asked.dry_run:
-        print(pretrain.dry_run(config))
+        _job.dry_run(config, teller(config))
         return 0
     if run:
         with run.lock():
             run.write_config(config, origins)
     else:
         run = Run.create(str(asked.recipe), asked.out, config, origins, ["shoal", "pretrain", *argv])
-    return pretrain.pretrain(config, run, resume=asked.resume is not None)
+    return _job.run_job(config, run, teller(config), resume=asked.resume is not None)
 
 
 def parse(argv: Sequence[str]) -> Asked:
@@ -87,7 +88,11 @@ def configured(asked: Asked) -> tuple["PretrainConfig", dict[str, str]]:
     if asked.recipe is None:
         raise ConfigError("no recipe", f"one of {', '.join(recipe_names())}", "shoal pretrain RECIPE …")
     layers = [configs.read(path) for path in asked.files]
-    return configs.load(recipe(asked.recipe), *layers, flags=asked.flags, origin=f"recipe {asked.recipe}")
+    flags, names = asked.flags, {flag.partition("=")[0] for flag in asked.flags}
+    for given, other in (("--minutes", "--steps"), ("--steps", "--minutes")):  # one replaces a recipe's other
+        if given in names and other not in names:
+            flags = [*flags, other, "none"]
+    return configs.load(recipe(asked.recipe), *layers, flags=flags, origin=f"recipe {asked.recipe}")
 
 
 def recipe_names() -> list[str]:

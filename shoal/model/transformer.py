@@ -51,11 +51,14 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.mtp = nn.ModuleList(MTP(config, k) for k in range(config.n_mtp))
 
-    def body(self, h_TD: Tensor, positions_T: Tensor, attend) -> tuple[Tensor, list[Routes]]:
-        """All layers and the final norm; what each mixture's router chose, in layer order."""
+    def body(self, h_TD: Tensor, positions_T: Tensor, attend, run=None) -> tuple[Tensor, list[Routes]]:
+        """All layers and the final norm; what each mixture's router chose, in layer order.
+
+        `run(layer, h_TD, rope, attend)` runs a layer some other way, recomputing its activations for example.
+        """
         rope, chosen = angles(positions_T, self.config), []
         for layer in self.layers:
-            h_TD, routes = layer(h_TD, rope, attend)
+            h_TD, routes = run(layer, h_TD, rope, attend) if run else layer(h_TD, rope, attend)
             chosen += [routes] if routes else []
         return self.norm(h_TD), chosen
 

@@ -211,3 +211,9 @@ def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None,
     """
     narrow = int(grad.dtype is torch.bfloat16)
     _call("adamw", p, m, v, grad, narrow, weight, p.numel(), *(float(x) for x in numbers))
+
+
+def takes_master(master: Tensor, grad: Tensor) -> bool:
+    """Whether `adamw_` accepts this pair: dense, on a CPU, the gradient bf16 or fp32."""
+    dense = master.is_contiguous() and grad.is_contiguous() and grad.dtype in (torch.bfloat16, torch.float32)
+    return dense and master.device.type == "cpu" and _library()[0] is not None

@@ -1,0 +1,79 @@
+"""How a training job talks to whoever started it: a live line on a terminal, one aligned line now and then elsewhere."""
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shoal.recipes._job import Teller
+    from shoal.train.config import PretrainConfig
+
+PLAIN_SECONDS = 10.0  # between two lines where nobody watches live
+BAR = 24
+
+
+def teller(config: "PretrainConfig") -> "Teller":
+    from shoal.recipes._job import Teller
+
+    display = Display(live=sys.stdout.isatty())
+    return Teller(display.say, display.show)
+
+
+class Display:
+    def __init__(self, live: bool):
+        self.live, self.last = live, 0.0
+        self.score: float | None = None
+        self.first_loss: float | None = None
+        self.status = None
+        if live:
+            from rich.console import Console
+
+            self.console = Console(highlight=False)
+
+    def say(self, words: str) -> None:
+        if not self.live:
+            print(words, flush=True)
+            return
+        self.stop()
+        head, _, rest = words.partition(" ")
+        self.console.print(f"[bold cyan]{head}[/] {rest}" if rest.startswith(" ") else words, soft_wrap=True)
+
+    def show(self, m: dict) -> None:
+        if "eval/bits_per_byte" in m:
+            self.score = m["eval/bits_per_byte"]
+        last, now = m["step"] == m["total_steps"], time.monotonic()
+        if self.live:
+            self.draw(m)
+        elif last or now - self.last > PLAIN_SECONDS or "eval/bits_per_byte" in m:
+            self.last = now
+            print(line(m, self.score), flush=True)
+
+    def draw(self, m: dict) -> None:
+        if self.status is None:
+            from rich.live import Live
+
+            self.status = Live(console=self.console, refresh_per_second=4, transient=False)
+            self.status.start()
+        share = m["step"] / max(m["total_steps"], 1)
+        full = int(share * BAR)
+        bar = f"[cyan]{'━' * full}[/][dim]{'━' * (BAR - full)}[/]"
+        self.status.update(f"{bar} {share:4.0%}  {line(m, self.score)}")
+        if m["step"] == m["total_steps"]:
+            self.stop()
+
+    def stop(self) -> None:
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
+
+
+def line(m: dict, score: float | None) -> str:
+    """step 120/1480  loss 3.214  held-out 1.402 bits/byte  9,120 tokens/s  mfu 61%  load 1.4  4:12 left"""
+    parts = [f"step {m['step']:>5}/{m['total_steps']:<5}", f"loss {m['train/loss']:6.3f}"]
+    if score is not None:
+        parts.append(f"held-out {score:.3f} bits/byte")
+    parts += [f"{m['speed/tokens_per_second']:>6,.0f} tokens/s", f"mfu {m['speed/mfu']:3.0%}"]
+    if "moe/load_max_over_mean" in m:
+        parts.append(f"load {m['moe/load_max_over_mean']:.2f}")
+    left = int(m["time/eta"])
+    return "  ".join([*parts, f"{left // 60}:{left % 60:02d} left"])

@@ -1,0 +1,160 @@
+"""One training step, and the state it advances. Every stage's loop (pretraining, fine-tuning, reinforcement) calls it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from shoal.model.attend import Packed
+from shoal.model.transformer import Transformer
+from shoal.train import balance, optim, schedule
+from shoal.train.config import PretrainConfig
+from shoal.train.loss import Losses, losses
+from shoal.train.optim import Optimizer
+
+
+@dataclass
+class Counters:
+    """Where a run stands; plain numbers, saved as JSON. `samples` is the global sample index that comes next."""
+
+    step: int = 0
+    updates: int = 0  # steps that were not skipped
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training, over all sittings
+    total_steps: int = 0
+    skips_in_a_row: int = 0
+    mean_loss: float = 0.0  # running, of steps that were not skipped
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` and `mtp_loss` in nats a token; `skipped` says why no update was made."""
+
+    loss: float
+    mtp_loss: float | None
+    grad_norm: float
+    lr: float
+    loads_LE: Tensor | None  # tokens each expert got, by mixture layer
+    skipped: str | None
+
+    @property
+    def load_max_over_mean(self) -> float:
+        return 1.0 if self.loads_LE is None else balance.max_over_mean(self.loads_LE)
+
+
+class TrainState:
+    """Model, optimizer and counters: all that a resumed run needs."""
+
+    def __init__(self, config: PretrainConfig, device: str):
+        self.config = config
+        self.device = torch.device(device)
+        model = Transformer(config.model).to(self.device).init_weights(config.seed)
+        self.model = model.set_dtype(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+        self.optimizer = Optimizer(self.model, config.optim)
+        self.counters = Counters(total_steps=config.steps or 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.optimizer.tensors()
+
+    def load(self, tensors: dict[str, Tensor], counters: dict) -> None:
+        """After the model's weights were loaded: masters, moments and counters."""
+        self.optimizer.load_tensors(tensors)
+        self.counters = Counters(**counters)
+
+    def saved_counters(self) -> dict:
+        return asdict(self.counters)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over."""
+        return self.counters.step / self.counters.total_steps
+
+
+def train_step(state: TrainState, batches: Sequence) -> StepResult:
+    """Forward and backward over the micro-batches of one step, then one update, unless something is wrong with it."""
+    n_targets = sum(int((b.targets_T >= 0).sum()) for b in batches)
+    parts, gradients = [], None
+    for batch in batches:
+        parts.append(backward(state, batch, n_targets))
+        if len(batches) > 1:
+            gradients = summed(state.optimizer, gradients)
+    gradients = gradients or state.optimizer.gradients()
+    norm = optim.norm(gradients)
+    loss = sum(part.main.item() for part in parts)
+    loads_LE = torch.stack([balance.loads(part.routes) for part in parts]).sum(0) if parts[0].routes else None
+    skipped, lr = fault(state, loss, norm), update_rate(state)
+    if skipped is None:
+        update(state, gradients, lr, norm, loads_LE)
+    state.optimizer.zero_grad()
+    count(state, batches, loss, skipped)
+    return StepResult(
+        loss=loss,
+        mtp_loss=None if parts[0].mtp is None else sum(part.mtp.item() for part in parts if part.mtp is not None),
+        grad_norm=norm,
+        lr=lr,
+        loads_LE=loads_LE,
+        skipped=skipped,
+    )
+
+
+def backward(state: TrainState, batch, n_targets: int) -> Losses:
+    """Gradients of one micro-batch onto the parameters."""
+    c, model = state.config, state.model
+    weight = schedule.mtp_weight(c.loss, state.progress)
+    run = recomputed if c.recompute else None
+    part = losses(model, batch, Packed(batch.lengths), n_targets, weight, c.loss.balance_alpha, c.batch.context, run)
+    part.total.backward()
+    return part
+
+
+def recomputed(layer, *args):
+    """Run a layer, keeping only its input: its activations are rebuilt in the backward pass."""
+    return checkpoint(layer, *args, use_reentrant=False)
+
+
+def summed(optimizer: Optimizer, sums: list[Tensor | None] | None) -> list[Tensor | None]:
+    """The gradients of one more micro-batch added to fp32 sums; the parameters' own are cleared."""
+    new = optimizer.gradients()
+    optimizer.zero_grad()
+    if sums is None:
+        return [None if g is None else g.float() for g in new]
+    return [s if s is None or g is None else s.add_(g) for s, g in zip(sums, new, strict=True)]
+
+
+def update_rate(state: TrainState) -> float:
+    """The learning rate of this step: the schedule at the end of it, so that the first one is not zero."""
+    c, counters = state.config, state.counters
+    return c.optim.lr * schedule.learning_rate(c.schedule, (counters.step + 1) / counters.total_steps)
+
+
+def update(state: TrainState, gradients: list[Tensor | None], lr: float, norm: float, loads_LE: Tensor | None) -> None:
+    c = state.config
+    state.counters.updates += 1
+    clip_factor = min(1.0, c.optim.clip / (norm + 1e-6))
+    state.optimizer.step(gradients, state.counters.updates, lr, clip_factor)
+    if loads_LE is not None:
+        balance.move_biases(state.model, loads_LE, schedule.bias_speed(c.loss, state.progress))
+
+
+def count(state: TrainState, batches: Sequence, loss: float, skipped: str | None) -> None:
+    c = state.counters
+    if skipped is None:
+        c.mean_loss = loss if c.updates == 1 else 0.95 * c.mean_loss + 0.05 * loss
+    c.skips_in_a_row = 0 if skipped is None else c.skips_in_a_row + 1
+    c.step += 1
+    c.samples += sum(len(b.ids) for b in batches)
+    c.tokens += sum(len(b.tokens_T) for b in batches)
+
+
+def fault(state: TrainState, loss: float, norm: float) -> str | None:
+    """Why this step must not change the weights; None when all is well."""
+    c, safety = state.counters, state.config.safety
+    if not isfinite(loss) or not isfinite(norm):
+        return f"loss {loss}, gradient norm {norm}"
+    if c.updates >= 20 and loss > c.mean_loss + safety.spike_nats:
+        return f"loss {loss:.3f} spiked above its running mean {c.mean_loss:.3f}"
+    return None
