@@ -28,13 +28,13 @@ import numpy as np
 
 from shoal.data.config import DataConfig
 from shoal.data.sources import Generator, Source, resolve
-from shoal.data.tokenizer import Special, Tokenizer
+from shoal.data.tokenizer import RECIPE, Special, Tokenizer
 from shoal.errors import DataError, ResourceError
 
 FORMAT = 1
 FIX = "remove the folder and prepare the corpus again"
 FIX_EMPTY = "give sources with more text (about one document in 16 is held out), or more digits in val_suffixes"
-TOKENIZER_BYTES = 2**28  # of text are enough to learn merges from
+TOKENIZER_BYTES = 2**27  # of text are enough to learn merges from, an equal part of each source
 ENCODE_CHARS = 2**22  # encoded at once, so that memory stays flat
 
 
@@ -107,7 +107,7 @@ def prepare(config: DataConfig, generators: Mapping[str, Generator] | None = Non
     """
     sources = [resolve(spec, generators or {}) for spec in config.sources]
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
-    settings = [config.val_suffixes, given.sha256 if given else config.vocab_size]
+    settings = [config.val_suffixes, given.sha256 if given else (config.vocab_size, *RECIPE)]
     asked = json.dumps([FORMAT, settings, [(s.name, s.stamp, s.repeat) for s in sources]])
     key = hashlib.sha256(asked.encode()).hexdigest()
     folder = Path(out) if out else cache_root() / "corpora" / key[:16]
@@ -149,7 +149,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield draft
         draft.rename(folder)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"a full disk while writing {folder}", "room", "free space or set SHOAL_CACHE") from e
         raise DataError(f"{folder}: {e.strerror}", "a place to write", "check its permissions") from e
     finally:
@@ -224,8 +224,9 @@ def train_tokenizer(sources: list[Source], held_out: tuple[str, ...], vocab_size
     """Learn from the training documents alone; what is held out stays unseen."""
 
     def texts():
-        reader, left = Reader(sources), TOKENIZER_BYTES
+        reader = Reader(sources)
         for source in sources:
+            left = TOKENIZER_BYTES // len(sources)
             for digest, pieces in reader.documents(source):
                 if not digest.endswith(held_out) and left > 0:
                     left -= text_bytes(pieces)
@@ -305,7 +306,7 @@ def read_info(folder: Path) -> dict:
         assert info["format"] == FORMAT and all(info["splits"][s]["sha256"] for s in ("train", "val"))
         return info
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as e:
-        raise DataError(f"{folder}: {e!r}", f"a corpus folder of format {FORMAT}", FIX) from e
+        raise DataError(f"{folder}/corpus.json: {e!r}", f"a corpus folder of format {FORMAT}", FIX) from e
 
 
 def open_split(folder: Path, info: dict) -> Split:

@@ -113,7 +113,7 @@ class Loader:
 
 def rearranged(part: np.ndarray, ids: FimIds, draw: int) -> np.ndarray:
     """The part with its middle last, as long as before."""
-    text = part[part[0] == ids.bos : len(part) - (part[-1] == ids.eos)][: len(part) - len(ids)]
+    text = part[int(part[0] == ids.bos) : len(part) - int(part[-1] == ids.eos)][: len(part) - len(ids)]
     a, b = sorted((draw % (len(text) + 1), (draw >> 32) % (len(text) + 1)))
     prefix, middle, suffix = text[:a], text[a:b], text[b:]
     pieces = [ids.bos], [ids.begin], prefix, [ids.hole], suffix, [ids.end], middle, [ids.eos]

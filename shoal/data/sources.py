@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from shoal.data.chat import worked
 from shoal.errors import DataError
@@ -47,6 +48,8 @@ class Source:
 def resolve(spec: str, generators: Mapping[str, Generator]) -> Source:
     """Find what a source string names. Raises DataError when that is nothing."""
     name, _, times = spec.rpartition("@") if re.search(r"@\d+$", spec) else (spec, "", "1")
+    if int(times) < 1:
+        raise DataError(f"source {spec} repeated {times} times", "at least once", "leave the source out instead")
     kind, _, rest = name.partition(":")
     if kind in generators:
         stamp, documents = from_generator(generators[kind], rest)
@@ -57,8 +60,6 @@ def resolve(spec: str, generators: Mapping[str, Generator]) -> Source:
         stamp, documents = from_hugging_face(rest)
     else:
         stamp, documents = from_files(*find_files(name))
-    if int(times) < 1:
-        raise DataError(f"source {spec} repeated {times} times", "at least once", "leave the source out instead")
     return Source(name, hashlib.sha256(stamp.encode()).hexdigest(), documents, int(times))
 
 
@@ -175,5 +176,5 @@ def from_hugging_face(name: str):
         raise DataError(
             f"hf:{name}: {str(e)[:200]}", "a dataset with a train split", "check the name and network"
         ) from e
-    rows = found["train"] if isinstance(found, datasets.DatasetDict) else found
+    rows: Any = found["train"] if isinstance(found, datasets.DatasetDict) else found
     return f"{name} {rows._fingerprint}", lambda skipped: (text_field(row, f"hf:{name}") for row in rows)

@@ -2,12 +2,14 @@
 
 Any string is spelled by bytes, so nothing is ever unknown and `decode(encode(text)) == text`. What decides the length
 of a text is the pre-tokenizer, the regex that says which bytes may ever merge. Ours differs from the usual one of chat
-models in one rule, made for code: a line break takes the next line's indentation with it, so "):\\n        return" is
-two pieces and not four. Digits come in threes from the left, as in DeepSeek-V3.
+models in two rules, made for code: a line break takes the next line's indentation with it, and a word up to three
+marks before it, so "):\\n        return" can be two tokens and ", *args" one. Digits come in threes from the left, as
+in DeepSeek-V3. Bytes a token on held-out Python source, vocabulary 4096 (8192): GPT-2's regex 3.38 (3.64), the chat
+models' 3.50 (3.85), with the first rule 3.74 (4.16), with both 3.82 (4.32).
 
-Text can never forge structure. `encode` reads a string that spells `<｜User｜>` or `</think>` as ordinary characters; the
-real ids come only from `Special` pieces in `encode_pieces`. (Plain `tokenizers` and transformers do find special tokens
-in text; on any other text they give the same ids.)
+Text can never forge structure. `encode` reads a string that spells `<｜User｜>` or `</think>` as ordinary characters;
+the real ids come only from `Special` pieces in `encode_pieces`. (Plain `tokenizers` and transformers do find special
+tokens in text; on any other text they give the same ids.)
 """
 
 import hashlib
@@ -39,11 +41,12 @@ HIDDEN = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT)  # `deco
 SHOWN = (THINK, THINK_END, ANSWER, ANSWER_END)  # these a reader of the output wants to see
 SPECIALS = HIDDEN + SHOWN
 
-WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"  # with the one character before it: " self", "_name", ".join"
+WORD = r"[^\r\n\p{L}\p{N}]{0,3}\p{L}+"  # with the marks before it: " self", "__init", ", *args"
 DIGITS = r"\p{N}{1,3}"
 MARKS = r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?"  # and the line break and indentation after them
 SPACE = r"\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
 PATTERN = f"{WORD}|{DIGITS}|{MARKS}|{SPACE}"
+RECIPE = (PATTERN, *SPECIALS, tokenizers.__version__)  # what a trained tokenizer depends on besides text and size
 
 MAX_FILE_BYTES = 100 * 2**20
 MAX_VOCAB = 2**22
@@ -73,6 +76,9 @@ class Tokenizer:
             raise DataError(
                 f"a tokenizer the library refuses: {str(e)[:200]}", "a whole tokenizer.json", FIX_FILE
             ) from e
+        for token in spec.get("added_tokens") or []:
+            if self.id(token["content"]) != token["id"]:  # the library numbers them by itself where there is a gap
+                raise DataError(f"{token['content']} with id {token['id']}", "ids without gaps", FIX_FILE)
         self.text = text
         self.vocab_size = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id = (None if name is None else self.full.token_to_id(name) for name in (bos, eos))
@@ -102,8 +108,7 @@ class Tokenizer:
             texts,
             trainers.BpeTrainer(
                 vocab_size=vocab_size,
-                special_tokens=[AddedToken(str(s), special=True, normalized=False) for s in HIDDEN]
-                + [AddedToken(str(s), special=False, normalized=False) for s in SHOWN],
+                special_tokens=[AddedToken(str(s), special=True, normalized=False) for s in SPECIALS],
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                 show_progress=False,
             ),
@@ -171,11 +176,15 @@ class Tokenizer:
 
 
 def finish(bpe: tokenizers.Tokenizer) -> str:
-    """Start every encoding that transformers makes with BOS, as every document of ours does; return the JSON."""
+    """The JSON, where every encoding by transformers starts with BOS, as every document of ours does, and what a reader
+    wants to see is not marked special (training marks everything)."""
     bos = str(BOS)
     post = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, bpe.token_to_id(bos))])
     bpe.post_processor = post  # pyright: ignore[reportAttributeAccessIssue]
-    return bpe.to_str(pretty=True)
+    spec = json.loads(bpe.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] in HIDDEN
+    return json.dumps(spec, indent=1, ensure_ascii=False)
 
 
 def is_marker(content: str, special: bool) -> bool:
