@@ -65,7 +65,7 @@ def allocate(model: Transformer, device: torch.device | str) -> None:
     model.to_empty(device=device)
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         buffer.zero_()  # the router's bias, which softmax models have no tensor for
 
 

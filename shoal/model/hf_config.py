@@ -1,8 +1,8 @@
 """`config.json` both ways: Hugging Face's keys to `ModelConfig` and back. Torch-free.
 
-Every value is checked for type and range as it is read, and whatever would change the arithmetic in a way the model does
-not know (another activation, biases elsewhere, sliding windows, other rotary stretchings) is refused by name, never
-ignored. Both spellings of rotary settings are read: `rope_theta` + `rope_scaling`, which everyone understands and
+Every value is checked for type and range as it is read, and whatever would change the arithmetic in a way the model
+does not know (another activation, biases elsewhere, sliding windows, other rotary stretchings) is refused by name,
+never ignored. Both spellings of rotary settings are read: `rope_theta` + `rope_scaling`, which everyone understands and
 we write, and `rope_parameters`, which transformers 5 writes.
 
 `auto_map`, a request to run Python code from the folder, stands even in DeepSeek's published config.json. Where the

@@ -1,11 +1,12 @@
 """safetensors files and the JSON beside them, read as if someone hostile had written them.
 
-A file is 8 bytes of header length, a JSON header (name → dtype, shape, byte range) and the bytes, end to end. Everything
-about a folder is checked from its headers before a byte of memory is taken for weights: a wrong length, ranges that
-overlap or leave gaps, a shape that disagrees with its bytes, a name twice, a shard outside the folder, a pipe where a
-file should be. Then tensors are read one at a time. Pickles (`.bin`, `.pt`) can run code and are never opened.
+A file is 8 bytes of header length, a JSON header (name → dtype, shape, byte range) and the bytes, end to end.
+Everything about a folder is checked from its headers before a byte of memory is taken for weights: a wrong length,
+ranges that overlap or leave gaps, a shape that disagrees with its bytes, a name twice, a shard outside the folder, a
+pipe where a file should be. Then tensors are read one at a time. Pickles (`.bin`, `.pt`) can run code and are never
+opened.
 
-Writing goes one tensor at a time too, every file is synced to disk before the call returns.
+Writing goes one tensor at a time too, and every file is synced to disk before the call returns.
 """
 
 import json

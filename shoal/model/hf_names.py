@@ -1,8 +1,8 @@
 """The names of our tensors in Hugging Face folders: DeepSeek's own, which Llama, Qwen2 and GLM share. Torch-free.
 
-Two things differ besides names. Our experts are stacked ([E, 2F, D] with the gate's rows first, and [E, D, F]), the files
-hold each matrix on its own. And a multi-token module is written as the layers after the last one are, with copies of
-the model's embedding and head beside it, as published; they are one and the same in the model.
+Two things differ besides names. Our experts are stacked ([E, 2F, D] with the gate's rows first, and [E, D, F]), the
+files hold each matrix on its own. And a multi-token module is written as a layer after the last one, with copies of the
+model's embedding and head beside it, as published; in the model there is one of each.
 """
 
 from collections.abc import Iterable, Iterator
@@ -56,7 +56,7 @@ def pieces(config: ModelConfig, ours: Iterable[tuple[str, tuple[int, ...]]]) -> 
     """What the files hold for our tensors, given their names and shapes: `model.state_dict()`'s, tied head and all."""
     softmax = config.moe is not None and config.moe.scoring == "softmax"
     for name, shape in ours:
-        if name == "head.weight" and config.tie_embeddings or name.endswith("router.bias") and softmax:
+        if (name == "head.weight" and config.tie_embeddings) or (name.endswith("router.bias") and softmax):
             continue  # the embedding is the head; V2's router has no bias
         yield from parts(config, name, shape)
 

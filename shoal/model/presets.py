@@ -29,7 +29,7 @@ DEEPSEEK = {
             routed_scaling_factor=2.5,
         ),
         n_mtp=1,
-        rope_scaling=YarnConfig(factor=40),
+        rope_scaling=YarnConfig(factor=40.0),
         max_positions=163840,
     ),
     "v2-236b": ModelConfig(
@@ -49,7 +49,7 @@ DEEPSEEK = {
             norm_topk_prob=False,
             routed_scaling_factor=16.0,
         ),
-        rope_scaling=YarnConfig(factor=40),
+        rope_scaling=YarnConfig(factor=40.0),
         max_positions=163840,
     ),
     "v2-lite-16b": ModelConfig(
@@ -66,7 +66,7 @@ DEEPSEEK = {
             scoring="softmax",
             norm_topk_prob=False,
         ),
-        rope_scaling=YarnConfig(factor=40, mscale=0.707, mscale_all_dim=0.707),
+        rope_scaling=YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707),
         max_positions=163840,
     ),
 }
@@ -95,7 +95,7 @@ def llama(dim: int, n_layers: int, hidden_dim: int, n_heads: int) -> ModelConfig
         hidden_dim=hidden_dim,
         attention=GQAConfig(n_heads, n_kv_heads=8, head_dim=128),
         rope_theta=5e5,
-        rope_scaling=Llama3RopeConfig(factor=8),
+        rope_scaling=Llama3RopeConfig(factor=8.0),
         norm_eps=1e-5,
         max_positions=131072,
     )
@@ -130,7 +130,7 @@ OURS = {
             routed_scaling_factor=2.5,
         ),
         n_mtp=1,
-        rope_scaling=YarnConfig(factor=4, original=64),
+        rope_scaling=YarnConfig(factor=4.0, original=64),
         max_positions=256,
     ),
     # Two cores, minutes: 12M parameters, 6M of them active.
@@ -165,7 +165,7 @@ OURS = {
         n_mtp=1,
         max_positions=4096,
     ),
-    # One node of eight 80 GB GPUs: 15.8B parameters, 2.5B active, V2-Lite's size with V3's routing and multi-token module.
+    # One node of eight 80 GB GPUs: 15.8B parameters, 2.5B active. V2-Lite's size, V3's routing and multi-token module.
     "node": ModelConfig(
         vocab_size=129280,
         dim=2048,

@@ -1,0 +1,102 @@
+"""MODEL on the command line: a run (its newest whole checkpoint), a checkpoint folder, or any Hugging Face folder."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from shoal.errors import CheckpointError, ModelError, ResourceError, RunError
+from shoal.model.config import ModelConfig
+from shoal.run import find
+
+if TYPE_CHECKING:
+    from shoal.data.tokenizer import Tokenizer
+    from shoal.model.transformer import Transformer
+
+MODEL_HELP = "a run (path, id, latest), a checkpoint folder, or a Hugging Face model folder"
+DTYPES = ("float32", "bfloat16")
+FP32_BYTES, BF16_BYTES = 4, 2
+
+
+class Opened(NamedTuple):
+    model: "Transformer"
+    tokenizer: "Tokenizer"
+    folder: Path
+
+
+def model_folder(name: str) -> Path:
+    """The folder MODEL names. A checkpoint is checked byte for byte; damaged ones in a run are named and passed by."""
+    path = Path(name)
+    if (path / "config.json").exists():
+        whole(path)
+        return path
+    if path.is_dir() and not (path / "config.toml").exists():
+        raise ModelError(f"{name} has neither config.json nor config.toml", MODEL_HELP, "check the path")
+    try:
+        run = find(name)
+    except RunError as e:
+        raise ModelError(f"no model {name}", MODEL_HELP, e.fix) from None
+    from shoal.train import checkpoint
+
+    newest, refused = checkpoint.newest(run.checkpoints)
+    for path, why in refused:
+        print(f"passed over {path}: {why}", file=sys.stderr)
+    if newest is None:
+        raise CheckpointError(f"{run.path} has no whole checkpoint", "at least one", "train it on with --resume")
+    return newest.path
+
+
+def whole(folder: Path) -> None:
+    """Hold a checkpoint folder against its manifest; other folders have none."""
+    if not (folder / "manifest.json").exists():
+        return
+    from shoal.model.hf_files import read_json
+    from shoal.train import manifest
+
+    step = read_json(folder, "manifest.json").get("step")
+    if faults := manifest.faults(folder, step if isinstance(step, int) else -1):
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)[:500]}", "every file as written", "use another")
+
+
+def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
+    """The model on this machine's device, and its tokenizer, which must be the model's own."""
+    folder = model_folder(name)
+    import torch
+
+    from shoal import runtime
+    from shoal.data.tokenizer import Tokenizer
+    from shoal.model import hf
+
+    config = hf.load_config(folder)
+    tokenizer = Tokenizer.load(folder)
+    check_vocabulary(tokenizer.vocab_size, config.vocab_size)
+    device = runtime.setup(threads).device
+    if device == "cpu":
+        check_memory(config, dtype)
+    return Opened(hf.load(folder, getattr(torch, dtype), device), tokenizer, folder)
+
+
+def check_vocabulary(of_tokenizer: int, of_model: int) -> None:
+    """A model may have some rows to spare (vocabularies are padded to round numbers), never too few."""
+    spare = of_model - of_tokenizer
+    if spare < 0 or spare > max(1024, of_model // 20):
+        raise ModelError(
+            f"a tokenizer of {of_tokenizer:,} tokens with a model of {of_model:,}",
+            "the tokenizer this model was trained with",
+            "put its tokenizer.json into the model folder",
+        )
+
+
+def check_memory(config: ModelConfig, dtype: str) -> None:
+    import psutil
+
+    from shoal.model.counts import count_parameters
+
+    counts = count_parameters(config)
+    needed = (counts.total + counts.mtp_total) * (FP32_BYTES if dtype == "float32" else BF16_BYTES)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            f"the model needs {needed / 2**30:.1f} GiB in {dtype}, {free / 2**30:.1f} GiB are free",
+            "a model that fits in memory",
+            "try --dtype bfloat16, free some memory, or choose a smaller model",
+        )
