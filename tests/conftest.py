@@ -1,6 +1,7 @@
 """What all tests share: one thread (shapes are tiny), repeatable property tests, skips where parts are missing."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
 
@@ -10,6 +11,8 @@ from hypothesis import settings
 settings.register_profile("shoal", deadline=None, derandomize=True)
 settings.load_profile("shoal")
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
@@ -17,5 +20,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device here")
-    if item.get_closest_marker("browser"):
-        pytest.importorskip("playwright")
+    if item.get_closest_marker("browser") and not BROWSER:
+        pytest.skip("no chromium here: apt install chromium")

@@ -25,7 +25,7 @@ from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.counts import count_parameters
 from shoal.plan import cost, memory
 from shoal.report import curves, plots, words
-from shoal.report.facts import Facts, flat, items, number, read
+from shoal.report.facts import Facts, flat, items, number, numbers, read
 from shoal.run import replace_text
 
 TEMPLATES = jinja2.Environment(
@@ -108,11 +108,8 @@ def sparklines(facts: Facts) -> Iterator[tuple[str, str, float, float]]:
 
 def heat(load: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of expert shares, 1.0 being a fair one; a row that isn't numbers is left out."""
-    names, rows = load.get("layers") or [], load.get("load") or []
-    whole = [
-        (n, row) for n, row in zip(names, rows) if isinstance(row, list) and all(number(x) is not None for x in row)
-    ]
-    return [{"name": n, "cells": [plots.heat_cell(x) for x in row], "peak": max(row)} for n, row in whole if row]
+    rows = [(name, numbers(row)) for name, row in zip(items(load, "layers"), items(load, "load"))]
+    return [{"name": n, "cells": [plots.heat_cell(x) for x in row], "peak": max(row)} for n, row in rows if row]
 
 
 def receipt(facts: Facts) -> Iterator[tuple[str, str, str, str]]:

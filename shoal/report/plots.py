@@ -115,7 +115,7 @@ class Chart:
         for line in self.lines:
             y = nearest(line.points, x)[1]
             values.append((line.colour, line.name, self.format_y(y), clamp(self.y(y), 0, 100)))
-        return Zone(self.x(left), self.x(right) - self.x(left), self.x(x), f"{x:.4g} {self.x_unit}{below}", values)
+        return Zone(self.x(left), self.x(right) - self.x(left), self.x(x), f"{x:.3g} {self.x_unit}{below}", values)
 
 
 def nice(low: float, high: float, about: int) -> list[float]:
@@ -175,7 +175,7 @@ def fish(i: int, n: int) -> dict[str, float]:
     """Place i of n in a school, on a sunflower's spiral: x and y in percent, heading in degrees, width in percent."""
     radius, angle = ((i + 0.5) / n) ** 0.5, i * pi * (3 - 5**0.5)
     x, y = 50 + 42 * radius * cos(angle), 50 + 40 * radius * sin(angle)
-    width = min(24.0, 62 / n**0.5) * (1.15 - 0.35 * radius)
+    width = min(40.0, 68 / n**0.5) * (1.15 - 0.35 * radius)
     return {"x": round(x, 2), "y": round(y, 2), "turn": round(14 * sin(3 * angle) - 6, 1), "width": round(width, 2)}
 
 

@@ -117,10 +117,10 @@ def against(f: Facts, value: float) -> str:
 def trained(f: Facts) -> str:
     seconds = number(f.receipt.get("seconds")) or f.last("time/seconds")
     tokens = number(f.receipt.get("tokens")) or f.last("train/tokens")
-    text = f"It is {kind(f.model)}" if f.model else "It was trained"
-    text += ", trained from nothing" if f.model else ""
+    text = f"It is {kind(f.model)}, trained" if f.model else "It was trained"
     text += f" on {count(tokens)} tokens" if tokens else ""
-    return text + (f" in {duration(seconds)}" if seconds else "") + "."
+    text += f" in {duration(seconds)}" if seconds else ""
+    return f"{text}." if tokens or seconds else ""
 
 
 def kept(f: Facts) -> str:

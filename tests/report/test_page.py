@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import RunError
+from shoal.model.config import MoEConfig
+from shoal.model.presets import PRESETS
 from shoal.report import page
 from tests.report.synthetic import put, write_run
 
@@ -27,7 +30,8 @@ FILES = [
     "evals/expert_load.json",
     "samples/1.json",
 ]
-HOSTILE = """</pre></title></style>--><script>alert(1)</script><img src=//x.test/a onerror=alert(2)><a href="javascript:1">
+HOSTILE = """</pre></title></style>-->
+<script>alert(1)</script><img src=//x.test/a onerror=alert(2)><a href="javascript:1">
 ' onmouseover='alert(3)' {{ 7 * 7 }} | `]]> **bold** [x](http://x.test) <b>\0&amp;"""
 VOID = {"meta", "link", "br", "line", "use", "polyline", "path"}
 
@@ -158,9 +162,12 @@ def test_any_value_in_any_place_gives_a_page(run, data):
     original = (run / file).read_text()
     lines = original.splitlines()
     at = data.draw(st.integers(0, len(lines) - 1))
-    record = json.loads(lines[at])
-    places = list(containers(record))
-    box, key = places[data.draw(st.integers(0, len(places) - 1))]
+    record = box = json.loads(lines[at])
+    while True:
+        key = data.draw(st.sampled_from(sorted(box) if isinstance(box, dict) else range(len(box))))
+        if not isinstance(box[key], (dict, list)) or not box[key] or data.draw(st.booleans()):
+            break
+        box = box[key]
     box[key] = data.draw(ANYTHING)
     lines[at] = json.dumps(record)
     try:
@@ -209,11 +216,9 @@ def test_nothing_in_the_page_names_another_place(run):
     assert "http" not in html.replace("http-equiv", "").replace("xmlns='http://www.w3.org/2000/svg'", "")
 
 
-def test_the_lit_fish_are_the_experts_a_token_meets(run):
+def test_the_lit_fish_are_the_experts_a_token_meets():
     for n, lit in ((8, 2), (32, 4), (64, 6), (256, 8), (5, 3)):
-        model = page.read(run).model
-        moe = type(model.moe)(n, 1, n_activated=lit, moe_dim=8)
-        fish = page.school(type(model)(**{**vars(model), "moe": moe}))
+        fish = page.school(replace(PRESETS["mini"], moe=MoEConfig(n, 1, n_activated=lit, moe_dim=8)))
         assert len(fish) == n and sum(f["lit"] for f in fish) == lit
         assert all(0 < f["x"] < 100 and 0 < f["y"] < 100 for f in fish)
 
