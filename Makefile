@@ -34,7 +34,9 @@ clean:  ## everything that make made; runs/ stays
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,interop]'
+	@echo "Installing into .venv, the first time only: 1 of 2, torch (the big one)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@echo "2 of 2, shoal and its tools"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,interop]'
 	@touch $@

@@ -131,17 +131,17 @@ def _merge(node: _Node, mapping: Mapping[str, Any], path: str, layer: _Layer) ->
 
 def _merge_child(child: Any, value: Any, key: str, kind: Any, classes: dict[str, type], layer: _Layer) -> Any:
     """Merge a table into the dataclass that stands at `key`, or start another one where the table names it."""
-    if value == "none" and NoneType in get_args(kind):
+    if value in ("none", None) and NoneType in get_args(kind):
         return None
-    if is_dataclass(value):
-        value = _as_table(value)
+    if is_dataclass(value):  # whole, from Python
+        child = _Node(type(value), {}, key)
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
     if not isinstance(value, Mapping):
         choice = "a table" + (', or "none"' if NoneType in get_args(kind) else "")
         raise layer.wrong(key, value, choice, f"set its keys one by one: {_keys(next(iter(classes.values())), key)}")
-    value = dict(value)
-    name = value.pop("kind", child.cls.__name__ if child is not None else None)
-    if name is None and len(classes) == 1:
-        name = next(iter(classes))
+    value, name = dict(value), next(iter(classes))
+    if len(classes) > 1:
+        name = value.pop("kind", child.cls.__name__ if child is not None else None)
     if name not in classes:
         raise layer.wrong(f"{key}.kind", name, f"one of {', '.join(classes)}", _nearest(str(name), classes))
     if child is None or child.cls.__name__ != name:
@@ -150,11 +150,6 @@ def _merge_child(child: Any, value: Any, key: str, kind: Any, classes: dict[str,
             del layer.origins[old]
     _merge(child, value, key, layer)
     return child
-
-
-def _as_table(config: Any) -> dict[str, Any]:
-    table = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {"kind": type(config).__name__} | {k: "none" if v is None else v for k, v in table.items()}
 
 
 def _unknown(node: _Node, key: str, layer: _Layer) -> ConfigError:
@@ -218,14 +213,7 @@ def _fit_tuple(value: Any, kinds: tuple[Any, ...], key: str, layer: _Layer) -> A
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
         return _MISFIT
-    items = []
-    for i, (item, kind) in enumerate(zip(value, kinds, strict=True)):
-        if classes := _dataclasses(kind):
-            item = _merge_child(None, item, f"{key}.{i}", kind, classes, _Layer(layer.name, {}))
-            items.append(item.build() if isinstance(item, _Node) else item)
-        else:
-            items.append(_coerce(item, kind, f"{key}.{i}", layer))
-    return tuple(items)
+    return tuple(_coerce(v, k, f"{key}.{i}", layer) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
 
 
 def _type_text(kind: Any) -> str:
@@ -347,9 +335,7 @@ def _toml_lines(config: Any, path: str, origins: Mapping[str, str]) -> Iterator[
 
 
 def _toml_value(value: Any) -> str:
-    if is_dataclass(value):
-        return "{" + ", ".join(f"{k} = {_toml_value(v)}" for k, v in _as_table(value).items()) + "}"
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if value is None:
         return '"none"'

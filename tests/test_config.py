@@ -14,17 +14,6 @@ from shoal.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 
 
 @dataclass(frozen=True)
-class Folder:
-    path: Path
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Builtin:
-    name: str
-
-
-@dataclass(frozen=True)
 class Optim:
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
@@ -33,10 +22,17 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    kind: Literal["wsd", "cosine"] = "wsd"  # a field like any other: nothing stands here but a Schedule
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig
     optim: Optim = field(default_factory=Optim)
-    sources: tuple[Folder | Builtin, ...] = (Builtin("python-stdlib"),)
+    sources: tuple[str, ...] = ("python-stdlib",)
+    out: Path | None = None
+    schedule: Schedule = field(default_factory=Schedule)
     steps: int | None = None
     minutes: float | None = None
     compile: bool = False
@@ -104,9 +100,12 @@ def test_values_of_the_wrong_type_are_refused(flags):
 
 def test_values_parse_by_their_annotation():
     flags = ["--optim.betas", "0.8,1", "--optim.clip", "none", "--steps", "1_000", "--note", "3", "--optim.lr", "1"]
-    config, _ = load(CONFIG, flags=[*flags, "--sources", '[{kind = "Folder", path = "a b"}]'])
+    flags += ["--sources", "a b,c", "--out", "x y", "--schedule.kind", "cosine"]
+    config, _ = load(CONFIG, flags=flags)
     assert config.optim == Optim(1.0, (0.8, 1.0), "wsd", None)
-    assert (config.steps, config.note, config.sources) == (1000, "3", (Folder(Path("a b")),))
+    assert (config.steps, config.note, config.sources) == (1000, "3", ("a b", "c"))
+    assert (config.out, config.schedule.kind) == (Path("x y"), "cosine")
+    assert load(CONFIG, flags=["--sources", '["a,b"]'])[0].sources == ("a,b",)
 
 
 def test_naming_another_class_starts_afresh():
@@ -117,6 +116,13 @@ def test_naming_another_class_starts_afresh():
     config, origins = load(CONFIG, flags=flags)
     assert config.model.attention == GQAConfig(4, 2, 8) and config.model.moe is None
     assert origins["model.moe"] == "flag" and "model.moe.moe_dim" not in origins
+
+
+def test_a_layer_from_python_may_replace_a_whole_part():
+    attention = GQAConfig(4, 2, 8)
+    config, origins = load(CONFIG, ("sizing", {"model": {"attention": attention, "moe": None}, "optim.lr": 1}))
+    assert (config.model.attention, config.model.moe, config.optim.lr) == (attention, None, 1.0)
+    assert origins["model.attention.head_dim"] == origins["optim.lr"] == "sizing"
 
 
 def test_contradictions_are_judged_after_the_last_layer():
@@ -139,7 +145,6 @@ attention = st.one_of(
     st.builds(GQAConfig, *[st.integers()] * 3, bias=st.booleans()),
 )
 moe = st.builds(MoEConfig, *[st.integers()] * 4, routed_scaling_factor=number)
-source = st.builds(Folder, text.map(Path), number) | st.builds(Builtin, text)
 
 
 @given(
@@ -147,7 +152,9 @@ source = st.builds(Folder, text.map(Path), number) | st.builds(Builtin, text)
         Config,
         st.builds(ModelConfig, *[st.integers()] * 4, attention, moe=st.none() | moe, norm_eps=number),
         st.builds(Optim, number, st.tuples(number, number), st.sampled_from(["cosine", "wsd"]), st.none() | number),
-        st.lists(source, max_size=3).map(tuple),
+        st.lists(text, max_size=3).map(tuple),
+        st.none() | text.map(Path).filter(lambda p: str(p) != "none"),
+        st.builds(Schedule, st.sampled_from(["wsd", "cosine"])),
         st.none() | st.integers(min_value=1),
         compile=st.booleans(),
         note=text,
