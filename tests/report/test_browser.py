@@ -21,18 +21,18 @@ FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking -
 
 @pytest.fixture
 def serve(tmp_path):
-    """Serve a folder to one browser that finds nothing else in the world: (addresses asked for, console, DOM)."""
+    """Serve a folder to a browser that finds no host but *.test: (addresses asked for, console, DOM)."""
 
     def visit(folder: Path, name: str) -> tuple[list[str], list[str], str]:
         asked: list[str] = []
 
         class Handler(SimpleHTTPRequestHandler):
             def log_message(self, format, *args):
-                asked.append(self.headers["Host"] + self.path if hasattr(self, "headers") else "not HTTP")
+                asked.append(self.headers["Host"] + self.path)
 
         with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            world = f"--host-resolver-rules=MAP * 127.0.0.1:{server.server_port}"
+            world = f"--host-resolver-rules=MAP *.test 127.0.0.1:{server.server_port},MAP * ~NOTFOUND"
             profile = f"--user-data-dir={tmp_path}/profile"
             command = [str(CHROMIUM), *FLAGS.split(), world, profile, "--dump-dom", f"http://here.test/{name}"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
