@@ -1,4 +1,4 @@
-"""Side by side: each side of a comparison is a process of its own that sleeps on a pipe until the bench asks for a step.
+"""Side by side: each side of a comparison is a process of its own that sleeps on a pipe until it is asked for a step.
 
 Machines drift: other work, heat, clocks. So sides never run one after the other but in rounds, one step each, the order
 turned by one every round, and what counts is the ratio *within* a round. While one side works, the others wait in a
@@ -13,11 +13,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from bench.shape import THREADS
+from shoal.runtime import idle_cores
 
 LOGS = Path("build/bench")
 
@@ -47,10 +49,8 @@ class Side:
 
     def ask(self, *words) -> dict:
         assert self.process.stdin
-        try:
+        with suppress(BrokenPipeError):  # it has ended: `answer` says so
             print(*words, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has ended: `answer` says so
         return self.answer()
 
     def answer(self) -> dict:
@@ -68,7 +68,10 @@ class Side:
 
 
 def start(*sides: tuple) -> list[Side]:
-    """Those that are installed; says what is missing for the others."""
+    """Those that are installed; says what is missing for the others, and whether the machine is free to be measured."""
+    idle = idle_cores(1.0)
+    if idle < THREADS:
+        print(f"{idle} idle cores for {THREADS} threads: others work here, the seconds below are not this machine's")
     started = [Side(*side) for side in sides]
     for side in started:
         if side.missing:
@@ -96,12 +99,12 @@ def turned(sides: Sequence[Side], i: int) -> list[Side]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of pairs measured in the same round: the median, and (largest - smallest) / median."""
+    """Of pairs measured in the same round: the median, and the smallest and largest."""
 
     median: float
-    spread: float
+    spread: tuple[float, float]
 
     @classmethod
     def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> "Ratio":
         ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
-        return cls(median(ratios), (max(ratios) - min(ratios)) / median(ratios))
+        return cls(median(ratios), (min(ratios), max(ratios)))

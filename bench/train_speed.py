@@ -77,7 +77,10 @@ def report(answers: dict[str, list[dict]], rounds: int) -> None:
     left.append(per_token * median(ours))
     right.append(peak)
     limits = [LIMITS[name.split()[0]] for name in rows]
-    show(["row", "ratio", "spread", "limit"], [[n, r.median, r.spread, x] for n, r, x in zip(rows, ratios, limits)])
+    show(
+        ["row", "ratio", "least", "most", "limit"],
+        [[n, r.median, *r.spread, x] for n, r, x in zip(rows, ratios, limits)],
+    )
     emit(
         "train_speed",
         rows=rows,

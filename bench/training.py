@@ -1,0 +1,98 @@
+"""Whole training runs as measurements: `shoal pretrain` in a process of its own, its record read afterwards.
+
+A run's directory under build/bench/runs/ is named by everything that decides its outcome (the content of `shoal/`, the
+recipe, minutes, seed and flags), so a bench that was interrupted, or that shares runs with another one, trains only
+what is missing. Trainings can't take turns by the step; benches alternate whole runs and repeat them with other seeds.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from shutil import rmtree
+
+import shoal
+from bench.shape import THREADS
+from shoal.run import Run
+
+RUNS = Path("build/bench/runs")
+DATA = {"data.sources": "python-stdlib", "data.val_suffixes": "f"}  # the figure's text: the library alone
+SCORE = "eval/bits_per_byte"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of a table of trainings: a recipe of Shoal's with settings changed."""
+
+    name: str
+    recipe: str
+    changes: dict[str, str] = field(default_factory=dict)  # by dotted key
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run ended. `bits_per_byte` is of all held-out text (scores on the way there read a part of it only);
+    `seconds` are those of training, from the first step on.
+    """
+
+    bits_per_byte: float
+    seconds: float
+    tokens: float
+
+
+class TrainingFailed(Exception):
+    """`shoal pretrain` ended with an error. Holds the end of what it said."""
+
+
+def train(row: Recipe, minutes: float, seed: int = 0, again: bool = False) -> Trained:
+    """The finished run of these settings, trained now unless it is there already (and `again` is false)."""
+    settings = {"minutes": f"{minutes:g}", "seed": str(seed), "threads": str(THREADS), **DATA, **row.changes}
+    asked = ["pretrain", row.recipe, *(word for key, value in settings.items() for word in (f"--{key}", value))]
+    key = hashlib.sha256(" ".join([code(), *asked]).encode()).hexdigest()[:8]
+    path = RUNS / f"{row.name.replace(' ', '-')}_{minutes:g}min_seed{seed}_{key}"
+    if again or not finished(path):
+        rmtree(path, ignore_errors=True)
+        launch([*asked, "--out", str(path)], path.with_suffix(".log"))
+    return read(path)
+
+
+def launch(words: list[str], log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"  shoal {' '.join(words)}", flush=True)
+    began = time.monotonic()
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "shoal.cli.main", *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
+        )
+    print(f"    {time.monotonic() - began:.0f} s with start and end", flush=True)
+    if done.returncode:
+        raise TrainingFailed(f"exit code {done.returncode}:\n{log.read_text()[-1500:]}")
+
+
+def finished(path: Path) -> bool:
+    return (path / "config.toml").exists() and Run.open(path).status().get("state") == "finished"
+
+
+def read(path: Path) -> Trained:
+    last = {name: value for line in Run.open(path).metrics() for name, value in line.items()}
+    if not finished(path) or SCORE not in last:
+        raise TrainingFailed(f"the run ended without a held-out score, see {path}")
+    return Trained(last[SCORE], last["time/seconds"], last["train/tokens"])
+
+
+@cache
+def code() -> str:
+    """A hash of Shoal's source as it stands, committed or not."""
+    root = Path(next(iter(shoal.__path__)))
+    files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
