@@ -46,6 +46,7 @@ def random_config(architecture: str, seed: int) -> ModelConfig:
         tie_embeddings=not latent and seed % 2 == 1,
         rope_theta=r.choice([1e4, 5e5]),
         rope_scaling=(yarn if latent else llama3) if seed % 3 < 2 else None,
+        norm_eps=r.choice([1e-6, 1e-5]),
         max_positions=1024,
     )
 

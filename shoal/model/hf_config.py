@@ -96,6 +96,9 @@ def read_config(raw: dict) -> ModelConfig:
     f.must_be("hidden_act", "silu")
     f.must_be("mlp_bias", False)
     f.must_be("use_sliding_window", False)
+    layer_types = f.given("layer_types", [])
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise f.bad("layer_types", "full_attention in every layer")
     theta, scaling = read_rope(f)
     n_layers, n_mtp = f.whole("num_hidden_layers", 1, 1024), f.whole("num_nextn_predict_layers", 0, 64, 0)
     latent = kind.startswith("deepseek")

@@ -18,6 +18,8 @@ from shoal.model.layers import Linear, RMSNorm
 from shoal.model.rope import Angles
 from shoal.ops import dispatch as ops
 
+LATENT_EPS = 1e-6  # of both latents' norms, whatever the model's is: so DeepSeek's own code has it, and transformers
+
 
 class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
@@ -30,10 +32,10 @@ class LatentAttention(nn.Module):
             self.q = Linear(config.dim, q_dims)
         else:
             self.q_down = Linear(config.dim, a.q_lora_rank)
-            self.q_norm = RMSNorm(a.q_lora_rank, config.norm_eps)
+            self.q_norm = RMSNorm(a.q_lora_rank, LATENT_EPS)
             self.q_up = Linear(a.q_lora_rank, q_dims)
         self.kv_down = Linear(config.dim, a.kv_lora_rank + a.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(a.kv_lora_rank, config.norm_eps)
+        self.kv_norm = RMSNorm(a.kv_lora_rank, LATENT_EPS)
         self.kv_up = Linear(a.kv_lora_rank, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim))
         self.out = Linear(a.n_heads * a.v_head_dim, config.dim)
 

@@ -257,6 +257,7 @@ def test_folders_that_are_not_there(tmp_path):
         ("topk_group", 5),
         ("qk_rope_head_dim", 7),
         ("hidden_act", "gelu"),
+        ("layer_types", ["sliding_attention", "full_attention", "full_attention"]),
         ("attention_bias", True),
         ("scoring_func", "softmax"),
         ("moe_layer_freq", 2),
