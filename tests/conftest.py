@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
 
@@ -12,6 +14,15 @@ settings.register_profile("shoal", deadline=None, derandomize=True)
 settings.load_profile("shoal")
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was() -> Iterator[None]:
+    """`runtime.setup` changes the whole process; the next test starts from torch's defaults."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(False)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -28,6 +28,7 @@ class Config:
 
     lr: float = 0.1
     minutes: float | None = None
+    steps: int | None = 1000
     eval: Eval = Eval()
 
 
@@ -97,6 +98,12 @@ def test_pretrain_tells_its_own_flags_from_the_configs():
         verb.parse(["mini", "--out"])
 
 
+def test_one_budget_takes_the_place_of_the_other():
+    assert verb.parse(["mini", "--minutes", "3"]).flags == ["--minutes", "3", "--steps=none"]
+    assert verb.parse(["mini", "--steps=3"]).flags == ["--steps=3", "--minutes=none"]
+    assert verb.parse(["mini", "--steps=3", "--minutes", "1"]).flags == ["--steps=3", "--minutes", "1"]
+
+
 def test_an_unknown_recipe_names_the_nearest(monkeypatch):
     monkeypatch.setattr(verb, "recipe_names", lambda: ["quickstart", "traditional"])
     with pytest.raises(ConfigError, match="did you mean quickstart"):
@@ -148,15 +155,23 @@ def test_a_resumed_run_keeps_its_settings(two_runs, monkeypatch):
     with pytest.raises(RunError, match="no run of other"):
         verb.resumed(verb.parse(["other", "--resume"]))
     config, origins = verb.reconfigured(first, verb.parse("--resume --minutes 3 --eval.every 5".split()))
-    assert config == Config(0.1, 3.0, Eval(5))
-    assert origins == {"lr": "flag", "minutes": "flag", "eval.every": "flag"}
+    assert config == Config(0.1, 3.0, None, Eval(5))
+    assert origins == {"lr": "flag", "minutes": "flag", "steps": "flag", "eval.every": "flag"}
     with pytest.raises(ConfigError, match="lr differ from what first was started with"):
         verb.reconfigured(first, verb.parse("--resume --lr 1".split()))
 
 
-def test_doctor_measures_and_says_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "package_version", lambda name: None if name == "transformers" else "1")
-    assert doctor.main(["--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["gemm_bf16_gflops"] > 1 and facts["read_gb_per_s"] > 0.1 and facts["threads"] >= 1
-    assert any("transformers is missing" in line and "shoal-lm[interop]" in line for line in facts["advice"])
+def test_doctor_measures_this_machine():
+    code, out, _ = shoal("doctor", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["threads"] >= 1
+    assert facts["gemm_bf16_gflops"] > 1 and facts["gemm_fp32_gflops"] > 1 and facts["read_gb_per_s"] > 0.1
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it():
+    versions = dict.fromkeys(doctor.PACKAGES, "1") | {"transformers": None, "triton": None}
+    good = {"gpu": None, "compiler": "c++", "threads": 2, "cores": 2, "memory_free_gib": 8, "disk_free_gib": 8}
+    (only,) = doctor.advice(good | {"versions": versions})
+    assert "transformers is missing" in only and "pip install 'shoal-lm[interop]'" in only
+    assert len(doctor.advice(good | {"versions": versions, "threads": 1, "memory_free_gib": 1, "gpu": {}})) == 3
+    assert any("triton" in line for line in doctor.advice(good | {"versions": versions, "gpu": {"name": "H200"}}))

@@ -108,8 +108,9 @@ def mentions_collectives(path: Path) -> bool:
 
 
 def torch_free() -> list[str]:
-    """plan, every config, the rank-0 files, and all of the command line until a verb needs torch."""
+    """plan, every config and recipe, the rank-0 files, and the command line until a verb needs torch."""
     parts = [p for p in SOURCES if p.name == "config.py" or p.parent.name in ("plan", "recipes")]
+    parts = [p for p in parts if not p.name.startswith("_")]  # recipes/_job.py runs what recipes describe
     parts += [ROOT / "shoal" / name for name in ("errors.py", "runtime.py", "run.py", "cli/main.py", "cli/runs.py")]
     return sorted({module_name(path) for path in parts if path.name != "__init__.py"})
 

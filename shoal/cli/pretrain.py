@@ -1,8 +1,9 @@
-"""`shoal pretrain RECIPE [-c file.toml] [--dotted.key value …] [--resume [RUN]]`: train a recipe.
+"""`shoal pretrain RECIPE [-c file.toml] [--dotted.key value …] [--minutes M] [--out DIR] [--resume [RUN]]`
 
 Settings are layered: the recipe, then each -c file, then flags such as `--optim.lr 3e-4`. `--print-config` shows the
-outcome and where each value came from; `--dry-run` says what it would take, without making a run. A resumed run keeps
-the settings it was started with; only how long it goes, evaluates and saves may be changed.
+outcome and where each value came from; `--dry-run` says what it would take, without making a run. `--minutes M` takes
+the place of the recipe's steps, `--steps N` that of its minutes. A resumed run keeps the settings it was started with;
+only how long it goes, evaluates and saves may be changed.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from shoal.train.config import PretrainConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+BUDGETS = {"--minutes": "--steps", "--steps": "--minutes"}  # giving one unsets the other
 MAY_CHANGE = ("steps", "minutes", "eval.", "checkpoint.")  # of a run that is resumed
 
 
@@ -81,6 +83,9 @@ def parse(argv: Sequence[str]) -> Asked:
             asked.flags.append(word)
             if "=" not in word and words and not words[0].startswith(("--", "-c")):
                 asked.flags.append(words.pop(0))
+    given = BUDGETS.keys() & {flag.partition("=")[0] for flag in asked.flags}
+    if len(given) == 1:
+        asked.flags.append(f"{BUDGETS[given.pop()]}=none")
     return asked
 
 
