@@ -3,12 +3,13 @@
     weights      2 a number in bf16 (norms, router and biases stay fp32)        4 throughout in fp32
     masters      4 a number beside bf16 weights                                 none: fp32 weights are their own
     moments      AdamW 2 × 4; Muon 4 on the matrices it moves, AdamW's 8 on embedding, head and vectors
-    gradients    as wide as the weights they belong to, or fp32 where several batches are accumulated
+    gradients    as wide as the weights they belong to, and an fp32 sum of them where batches are accumulated
     activations  what autograd keeps of a token between forward and backward, layer by layer
     logits       one chunk of fp32 logits and its gradient; they never stand whole
 
 Activations are counted from the equations of each layer (V2 section 2.1, DeepSeekMoE section 3): the inputs of every
-product, norm and SwiGLU, and what attention saves. With recomputation only each layer's input stays, and one layer at
+product, norm and SwiGLU, and what fused attention saves; plain attention in fp32 also keeps T scores a head and token,
+which is not counted. With recomputation only each layer's input stays, and one layer at
 a time is rebuilt. Left out: allocator slack, the interpreter and the libraries; `OVERHEAD` covers them.
 """
 
@@ -92,7 +93,7 @@ def of_training(config: ModelConfig, step: Step) -> Bytes:
         weights=matrices * step.width + n.vectors * 4,
         masters=matrices * 4 if mixed else 0,
         moments=8 * n.total - (4 * n.hidden if step.optimizer == "muon" else 0),
-        gradients=matrices * (4 if step.accumulates else step.width) + n.vectors * 4,
+        gradients=matrices * (step.width + 4 * step.accumulates) + n.vectors * 4 * (1 + step.accumulates),
         activations=step.tokens * activation_bytes(config, step),
         logits=2 * 4 * min(step.logits_chunk, step.tokens) * config.vocab_size,
     )
@@ -117,10 +118,11 @@ def saved(config: ModelConfig, layer: int) -> int:
     else:
         attention = 2 * a.head_dim * (a.n_heads + a.n_kv_heads)
     if m is None or not config.is_moe(layer):
-        feed_forward = 4 * config.hidden_dim  # gate, up, silu(gate), their product
+        feed_forward = 3 * config.hidden_dim  # gate, up, silu(gate) · up
     else:
-        rows = m.n_activated * (2 * d + 4 * m.moe_dim)  # gathered input, weighted output
-        feed_forward = rows + m.n_shared_experts * 4 * m.moe_dim + 4 * m.n_routed_experts
+        rows = m.n_activated * (2 * d + 3 * m.moe_dim)  # gathered input, output before it is weighted
+        router = 2 * d + 4 * m.n_routed_experts  # fp32, so twice as wide: its input, its scores twice
+        feed_forward = rows + 3 * m.n_shared_experts * m.moe_dim + router
     return attention + feed_forward + 4 * d
 
 

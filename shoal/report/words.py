@@ -72,6 +72,14 @@ def amount(field: str, value: float) -> str:
     return form[field](value)
 
 
+def score(metric: object, value: object) -> str:
+    """An evaluation's value: shares in percent, anything else with its metric behind it."""
+    n = number(value)
+    if n is None:
+        return MISSING
+    return f"{n:.1%}" if metric in ("share", "accuracy") else f"{n:.4g} {metric}".replace("_", " ")
+
+
 def change(before: float | None, after: float | None) -> str:
     """ "+1.5%", with a real minus; nothing where either is missing."""
     if not before or after is None:

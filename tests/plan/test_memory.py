@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 
 from shoal.errors import ResourceError
-from shoal.model.config import GQAConfig
+from shoal.model.config import GQAConfig, MLAConfig
 from shoal.model.presets import PRESETS
 from shoal.plan import memory
 from shoal.plan.memory import Step
 
 GIB = 2**30
-TINY, V3 = PRESETS["tiny"], PRESETS["v3-671b"]
+V3 = PRESETS["v3-671b"]
+LATENT = MLAConfig(4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, q_lora_rank=96)
+TINY = replace(PRESETS["tiny"], dim=128, attention=LATENT)
+DENSE = replace(TINY, moe=None, n_mtp=0, attention=GQAConfig(n_heads=4, n_kv_heads=2, head_dim=32))
 
 
 def test_cache_bytes_are_the_published_ones():
@@ -75,3 +78,38 @@ def test_the_advice_fits_and_no_more_would(recompute):
     memory.check(config, replace(step, tokens=tokens), limit)
     with pytest.raises(ResourceError):
         memory.check(config, replace(step, tokens=tokens + 64), limit)
+
+
+@pytest.mark.parametrize("config", [TINY, replace(TINY, n_mtp=0), DENSE], ids=["v3", "no mtp", "dense"])
+def test_activations_are_those_autograd_keeps(config):
+    """Every tensor that bf16 training saves for backward, each storage once, against the count; fused kernels only."""
+    torch = pytest.importorskip("torch")
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from shoal.model.attend import Packed
+    from shoal.model.transformer import Transformer
+    from shoal.ops import cpu
+
+    if not cpu.status().startswith("native"):
+        pytest.skip("the reference's fp32 temporaries are kept here, no fused kernels")
+    T = 256
+    model = Transformer(config).init_weights(0).set_dtype(torch.bfloat16)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with saved_tensors_hooks(keep, lambda t: t):
+        embedded = model.embed(torch.arange(T))
+        h, _ = model.body(embedded, torch.arange(T), Packed([T]))
+        for module in model.mtp:
+            h, _ = module(h, embedded, torch.arange(T), Packed([T]))
+    measured = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
+    assert memory.of_training(config, Step(T)).activations == pytest.approx(measured, rel=0.1)
+
+
+def test_accumulated_gradients_stand_beside_those_of_a_batch():
+    once, summed = (memory.of_training(TINY, Step(64, accumulates=a)).gradients for a in (False, True))
+    assert summed - once == 4 * memory.numbers(TINY).total
