@@ -44,7 +44,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     sources = tuple(args.source or DEFAULT.sources)
     config = DataConfig(sources, args.vocab_size, args.tokenizer, args.val_suffixes)
     begin = perf_counter()
-    corpus = prepare(config, GENERATORS, args.out)
+    corpus = prepare(config, GENERATORS, args.out, print)
     print(describe(corpus), f"{corpus.folder}  ({perf_counter() - begin:.1f} s)", sep="\n")
     return 0
 

@@ -14,14 +14,15 @@ def main(argv: list[str]) -> int:
     train.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json and tokenizer_config.json")
     args = parser.parse_args(argv)
 
+    from shoal.data.config import DataConfig
     from shoal.data.corpus import train_tokenizer
     from shoal.data.sources import resolve
     from shoal.tasks.arithmetic import GENERATORS
 
     if (args.out / "tokenizer.json").exists():
         raise DataError(f"{args.out}, which has a tokenizer.json", "another folder", "choose another --out")
-    sources = [resolve(spec, GENERATORS) for spec in args.source or DEFAULT.sources]
-    tokenizer = train_tokenizer(sources, tuple(args.val_suffixes), args.vocab_size)
+    config = DataConfig(tuple(args.source or DEFAULT.sources), args.vocab_size, val_suffixes=args.val_suffixes)
+    tokenizer = train_tokenizer([resolve(spec, GENERATORS) for spec in config.sources], config, print)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens")
     return 0

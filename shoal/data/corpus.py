@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,10 +100,16 @@ class Corpus:
             )
 
 
-def prepare(config: DataConfig, generators: Mapping[str, Generator] | None = None, out: Path | None = None) -> Corpus:
+def prepare(
+    config: DataConfig,
+    generators: Mapping[str, Generator] | None = None,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda words: None,
+) -> Corpus:
     """The corpus that `config` describes, from the cache (or from `out`) when it is there, else built.
 
-    `generators` are the generated sources by name: the tasks room's worked items, passed in from above.
+    `generators` are the generated sources by name: the tasks room's worked items, passed in from above. `say` hears
+    what takes long. Raises DataError, and ResourceError when the disk is full.
     """
     sources = [resolve(spec, generators or {}) for spec in config.sources]
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
@@ -112,9 +118,12 @@ def prepare(config: DataConfig, generators: Mapping[str, Generator] | None = Non
     key = hashlib.sha256(asked.encode()).hexdigest()
     folder = Path(out) if out else cache_root() / "corpora" / key[:16]
     with locked(folder.parent):  # a second process waits here, then finds the corpus whole
-        if not folder.exists() or not any(folder.iterdir()):
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            say(f"preparing {', '.join(config.sources)}; the next start finds it in {folder}")
             with whole_folder(folder) as draft:
-                build(draft, sources, config, given, key)
+                tokenizer = given or train_tokenizer(sources, config, say)
+                say(f"encoding with {tokenizer.vocab_size:,} tokens")
+                build(draft, sources, config, tokenizer, key)
     corpus = Corpus.open(folder)
     if corpus.info["key"] != key:
         raise DataError(f"{folder}, which holds another corpus", "an empty place", "choose another --out or remove it")
@@ -156,9 +165,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def build(draft: Path, sources: list[Source], config: DataConfig, given: Tokenizer | None, key: str) -> None:
+def build(draft: Path, sources: list[Source], config: DataConfig, tokenizer: Tokenizer, key: str) -> None:
     held_out = tuple(config.val_suffixes)
-    tokenizer = given or train_tokenizer(sources, held_out, config.vocab_size)
     if tokenizer.eos_id is None:
         raise DataError("a tokenizer without an end-of-sentence token", "one to end documents with", "choose another")
     tokenizer.save(draft)
@@ -220,19 +228,20 @@ class Reader:
                 yield digest.hexdigest(), pieces
 
 
-def train_tokenizer(sources: list[Source], held_out: tuple[str, ...], vocab_size: int) -> Tokenizer:
+def train_tokenizer(sources: list[Source], config: DataConfig, say: Callable[[str], None]) -> Tokenizer:
     """Learn from the training documents alone; what is held out stays unseen."""
+    say(f"learning {config.vocab_size:,} tokens")
 
-    def texts():
+    def texts() -> Iterator[str]:
         reader = Reader(sources)
         for source in sources:
             left = TOKENIZER_BYTES // len(sources)
             for digest, pieces in reader.documents(source):
-                if not digest.endswith(held_out) and left > 0:
+                if not digest.endswith(tuple(config.val_suffixes)) and left > 0:
                     left -= text_bytes(pieces)
                     yield from (p for p in pieces if not isinstance(p, Special))
 
-    return Tokenizer.train(texts(), vocab_size)
+    return Tokenizer.train(texts(), config.vocab_size)
 
 
 def text_bytes(pieces: Iterable[str]) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from shoal.data.config import LEAST_VOCAB
 from shoal.errors import DataError
 
 
@@ -40,6 +41,7 @@ ANSWER, ANSWER_END = Special("<answer>"), Special("</answer>")
 HIDDEN = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT)  # `decode(skip_special=True)` drops these
 SHOWN = (THINK, THINK_END, ANSWER, ANSWER_END)  # these a reader of the output wants to see
 SPECIALS = HIDDEN + SHOWN
+assert len(SPECIALS) + 256 == LEAST_VOCAB
 
 WORD = r"[^\r\n\p{L}\p{N}]{0,3}\p{L}+"  # with the marks before it: " self", "__init", ", *args"
 DIGITS = r"\p{N}{1,3}"
@@ -69,13 +71,7 @@ class Tokenizer:
     def __init__(self, text: str, bos: str | None = BOS, eos: str | None = EOS):
         """`text` is the content of a tokenizer.json. Raises DataError when it is malformed."""
         spec = parse(text)
-        try:
-            self.full = tokenizers.Tokenizer.from_str(text)
-            self.plain = tokenizers.Tokenizer.from_str(without_specials(spec))
-        except Exception as e:  # the library raises bare Exception for everything
-            raise DataError(
-                f"a tokenizer the library refuses: {str(e)[:200]}", "a whole tokenizer.json", FIX_FILE
-            ) from e
+        self.full, self.plain = built(text), built(without_specials(spec))
         for token in spec.get("added_tokens") or []:
             if self.id(token["content"]) != token["id"]:  # the library numbers them by itself where there is a gap
                 raise DataError(f"{token['content']} with id {token['id']}", "ids without gaps", FIX_FILE)
@@ -94,11 +90,8 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = PATTERN) -> "Tokenizer":
         """Learn `vocab_size` tokens, specials included (fewer where the text is too small). Same texts, same tokens."""
-        if vocab_size < 256 + len(SPECIALS):
-            least = 256 + len(SPECIALS)
-            raise DataError(
-                f"a vocabulary of {vocab_size}", f"at least {least}: bytes and specials", "raise vocab_size"
-            )
+        if vocab_size < LEAST_VOCAB:
+            raise DataError(f"a vocabulary of {vocab_size}", f"at least {LEAST_VOCAB}", "raise vocab_size")
         bpe = tokenizers.Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -187,6 +180,16 @@ def finish(bpe: tokenizers.Tokenizer) -> str:
     return json.dumps(spec, indent=1, ensure_ascii=False)
 
 
+def built(text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except BaseException as e:  # the library raises bare Exception, and a BaseException of its own where Rust panics
+        if isinstance(e, KeyboardInterrupt | SystemExit):
+            raise
+        got = f"a tokenizer the library refuses: {str(e)[:200]}"
+        raise DataError(got, "a whole tokenizer.json", FIX_FILE) from e
+
+
 def is_marker(content: str, special: bool) -> bool:
     """Added tokens that stand for structure. DeepSeek flags <think> as not special, so the shape counts too."""
     return special or bool(re.fullmatch(r"[<\[]\S+[>\]]", content))
@@ -257,9 +260,10 @@ def parse(text: str) -> dict:
     except (TypeError, KeyError, ValueError) as e:
         raise DataError(f"tokenizer.json: {e!r} in its vocabulary", "tokens with ids", FIX_FILE) from e
     both = ids | extra
-    wrong = next((i for i in both.values() if type(i) is not int or not 0 <= i < MAX_VOCAB), None)
-    if wrong is not None or not both:
-        raise DataError(f"a token with id {wrong}", f"ids from 0 to {MAX_VOCAB - 1}", FIX_FILE)
+    wrong = [i for i in both.values() if type(i) is not int or not 0 <= i < MAX_VOCAB]
+    if wrong or not both:
+        got = f"a token with id {wrong[0]}" if wrong else "no token with an id"
+        raise DataError(got, f"ids from 0 to {MAX_VOCAB - 1}", FIX_FILE)
     repeated = len(ids) < len(vocab) or len(extra) < len(added) or len(set(both.values())) < len(both)
     if repeated or any(ids.get(t, i) != i for t, i in extra.items()):
         raise DataError("two tokens with one id, or one token with two", "one id each", FIX_FILE)
@@ -269,8 +273,10 @@ def parse(text: str) -> dict:
 
 def check_merges(model: dict, ids: dict) -> None:
     """A merge joins two non-empty tokens into a longer one of the vocabulary, so merging always ends."""
-    prefix = model.get("continuing_subword_prefix") or ""
-    for merge in model.get("merges") or []:
+    prefix, merges = model.get("continuing_subword_prefix") or "", model.get("merges") or []
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        raise DataError("tokenizer.json with odd merges", "a list of pairs, and a prefix that is text", FIX_FILE)
+    for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p in ids for p in pair)):
             raise DataError(f"the merge {str(merge)[:80]!r}", "two tokens of the vocabulary", FIX_FILE)

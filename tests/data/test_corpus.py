@@ -2,8 +2,10 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +15,7 @@ from shoal.data import corpus as module
 from shoal.data.config import DataConfig
 from shoal.data.corpus import Corpus, Split, duplicates, prepare
 from shoal.data.tokenizer import ANSWER, ANSWER_END, ASSISTANT, THINK, THINK_END, USER, Tokenizer
-from shoal.errors import DataError, ResourceError
+from shoal.errors import ConfigError, DataError, ResourceError
 from shoal.tasks.arithmetic import GENERATORS, worked
 
 VOCAB = 290
@@ -186,6 +188,52 @@ def test_a_draft_of_a_killed_process_is_no_obstacle(folder, tmp_path):
     (tmp_path / ".out.draft" / "train").mkdir(parents=True)
     prepare(config(folder), out=tmp_path / "out").verify()
     assert not (tmp_path / ".out.draft").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_prepare_killed_at_any_moment_leaves_the_whole_or_nothing(folder, tmp_path):
+    code = f"""
+from pathlib import Path
+from shoal.data.config import DataConfig
+from shoal.data.corpus import prepare
+print("ready", flush=True)
+prepare(DataConfig(sources=({str(folder)!r},), vocab_size=290), out=Path({str(tmp_path / "out")!r}))
+"""
+    outcomes = set()
+    for delay in np.linspace(0.001, 0.12, 25):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        if (tmp_path / "out").exists():
+            Corpus.open(tmp_path / "out").verify()
+            shutil.rmtree(tmp_path / "out")
+            outcomes.add("whole")
+        else:
+            outcomes.add("nothing")
+    assert outcomes == {"whole", "nothing"}
+    prepare(config(folder), out=tmp_path / "out").verify()
+    assert not (tmp_path / ".out.draft").exists()
+
+
+def test_two_processes_that_want_one_corpus_build_it_once(folder, tmp_path):
+    code = f"""
+from shoal.data import corpus
+from shoal.data.config import DataConfig
+build = corpus.build
+corpus.build = lambda *args: (print("built"), build(*args))
+corpus.prepare(DataConfig(sources=({str(folder)!r},), vocab_size=290))
+"""
+    twins = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
+    outputs = [twin.communicate()[0] for twin in twins]
+    assert [twin.returncode for twin in twins] == [0, 0] and sorted(outputs) == [b"", b"built\n"]
+
+
+@pytest.mark.parametrize("changes", [{"sources": ()}, {"vocab_size": 200}, {"val_suffixes": "F"}, {"fim_rate": 2.0}])
+def test_settings_out_of_range_are_refused(changes):
+    with pytest.raises(ConfigError):
+        replace(DataConfig(), **changes)
 
 
 def test_an_occupied_place_is_left_alone(folder, tmp_path):
