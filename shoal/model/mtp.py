@@ -12,11 +12,11 @@ Shapes: T tokens, D model.
 import torch
 from torch import Tensor, nn
 
+from shoal.model.block import Block
 from shoal.model.config import ModelConfig
 from shoal.model.layers import Linear, RMSNorm
 from shoal.model.moe import Routes
 from shoal.model.rope import angles
-from shoal.model.transformer import Block
 
 
 class MTP(nn.Module):

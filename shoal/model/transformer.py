@@ -9,30 +9,12 @@ Shapes: T tokens, D model, V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from shoal.model.config import MLAConfig, ModelConfig
-from shoal.model.gqa import GroupedAttention
-from shoal.model.layers import Embedding, Linear, RMSNorm, SwiGLU
-from shoal.model.mla import LatentAttention
-from shoal.model.moe import MoE, Router, Routes
-from shoal.model.rope import Angles, angles
-
-
-class Block(nn.Module):
-    """x + attention(norm x), then x + feed-forward(norm x)."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        latent = isinstance(config.attention, MLAConfig)
-        self.attn = LatentAttention(config, layer) if latent else GroupedAttention(config, layer)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = MoE(config) if config.is_moe(layer) else SwiGLU(config.dim, config.hidden_dim)
-
-    def forward(self, x_TD: Tensor, rope: Angles, attend) -> tuple[Tensor, Routes | None]:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope, attend)
-        y = self.ffn(self.ffn_norm(x_TD))
-        y_TD, routes = y if isinstance(y, tuple) else (y, None)
-        return x_TD + y_TD, routes
+from shoal.model.block import Block
+from shoal.model.config import ModelConfig
+from shoal.model.layers import Embedding, Linear, RMSNorm
+from shoal.model.moe import Router, Routes
+from shoal.model.mtp import MTP
+from shoal.model.rope import angles
 
 
 class Transformer(nn.Module):
@@ -40,8 +22,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        from shoal.model.mtp import MTP  # an MTP module holds a Block
-
         self.config = config
         self.embed = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
