@@ -50,7 +50,7 @@ def run_job(config: PretrainConfig, run: Run, teller: Teller, resume: bool = Fal
     with run.lock():
         setup = runtime.setup(config.threads or run.env().get("threads"), config.seed)
         teller.say(f"machine  {setup.description}; {ops.describe()}")
-        corpus = prepare(config.data, GENERATORS)
+        corpus = prepare(config.data, GENERATORS, say=lambda words: teller.say(f"text     {words}"))
         teller.say(f"text     {described(corpus)}")
         machine = run_machine(run, setup, resume)
         plan = plan_of(config, corpus, machine, setup.device, teller)
@@ -73,7 +73,7 @@ def run_job(config: PretrainConfig, run: Run, teller: Teller, resume: bool = Fal
 def dry_run(config: PretrainConfig, teller: Teller) -> None:
     """Say what a run would take, from one real step, and leave nothing behind but the prepared text."""
     setup = runtime.setup(config.threads, config.seed)
-    corpus = prepare(config.data, GENERATORS)
+    corpus = prepare(config.data, GENERATORS, say=lambda words: teller.say(f"text     {words}"))
     teller.say(f"text     {described(corpus)}")
     plan = plan_of(config, corpus, measured_machine(setup), setup.device, teller)
     for reason in plan["why"]:
