@@ -36,7 +36,8 @@ def main() -> int:
         print(f"{room:<18} {files[room]:>4} files {lines[room]:>6} lines")
     package = sum(n for room, n in lines.items() if room.startswith("shoal"))
     print(f"{'the package':<18} {package:>17} lines")
-    print(*too_long, sep="\n")
+    for line in too_long:
+        print(line)
     return 1 if too_long else 0
 
 
