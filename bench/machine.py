@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from bench.record import emit
 from bench.shape import THREADS
 from bench.table import show
+from shoal.runtime import read_bytes_per_s
 
 SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (4096, 2048, 512), (4096, 8192, 512)]  # M, N, K
-READ_BYTES = 2**30
 
 
 def best_seconds(call: Callable[[], object], budget: float) -> float:
@@ -40,12 +40,6 @@ def best_gemm(dtype: torch.dtype, budget: float = 0.3) -> tuple[float, tuple[int
     return rates[shape], shape
 
 
-def best_read(budget: float = 1.0) -> float:
-    """Bytes a second of a sum over a tensor that no cache holds."""
-    x = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / best_seconds(x.sum, budget)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
@@ -53,13 +47,13 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     bf16, bf16_shape = best_gemm(torch.bfloat16, budget)
     fp32, fp32_shape = best_gemm(torch.float32, budget)
-    read = best_read(budget)
+    read = read_bytes_per_s(seconds=budget)
     show(
         ["best of", "shape", "measured"],
         [
             ["bf16 product, GFLOP/s", bf16_shape, bf16 / 1e9],
             ["fp32 product, GFLOP/s", fp32_shape, fp32 / 1e9],
-            ["reading, GB/s", "1 GiB", read / 1e9],
+            ["reading, GB/s", "256 MiB", read / 1e9],
         ],
     )
     emit(

@@ -5,7 +5,7 @@
 Everything trains on python-stdlib alone, deduplicated; held out are the files whose SHA-256 ends in f. Rows alternate,
 and are repeated with another seed only when all have run. `ratio` is a row's bits per byte over the quickstart
 recipe's: above 1, what the row changes was worth having. The yardstick is `xz -9e` of the held-out text itself.
-Finished runs are kept under build/bench/runs/ and not trained again while the code is the same.
+Finished runs are kept under build/bench/trained/ and not trained again while the code is the same.
 """
 
 import argparse
@@ -49,13 +49,13 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="half a minute a row: shows that it works, ranks nothing")
+    parser.add_argument("--quick", action="store_true", help="a minute a row: shows that it works, ranks nothing")
     parser.add_argument("--minutes", type=float, help="of training a row, 10")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", help="only these, by name, comma-separated")
     parser.add_argument("--again", action="store_true", help="train rows that were trained before, too")
     args = parser.parse_args()
-    args.minutes = args.minutes or (0.5 if args.quick else 10.0)
+    args.minutes = args.minutes or (1.0 if args.quick else 10.0)
     return args
 
 

@@ -1,12 +1,13 @@
 """Aligned columns on a terminal."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 
 def show(header: Sequence[str], rows: Sequence[Sequence]) -> None:
-    """The first column to the left, the others to the right; floats with four significant digits."""
+    """The first column to the left, the others to the right; floats with four significant digits. Rows may be short."""
     cells = [list(header)] + [[text(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip_longest(*cells, fillvalue="")]
     for row in cells:
         print("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip())
 

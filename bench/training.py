@@ -1,6 +1,6 @@
 """Whole training runs as measurements: `shoal pretrain` in a process of its own, its record read afterwards.
 
-A run's directory under build/bench/runs/ is named by everything that decides its outcome (the content of `shoal/`, the
+A run's directory under build/bench/trained/ is named by everything that decides its outcome (the content of `shoal/`, the
 recipe, minutes, seed and flags), so a bench that was interrupted, or that shares runs with another one, trains only
 what is missing. Trainings can't take turns by the step; benches alternate whole runs and repeat them with other seeds.
 """
@@ -19,7 +19,7 @@ import shoal
 from bench.shape import THREADS
 from shoal.run import Run
 
-RUNS = Path("build/bench/runs")
+RUNS = Path("build/bench/trained")
 DATA = {"data.sources": "python-stdlib", "data.val_suffixes": "f"}  # the figure's text: the library alone
 SCORE = "eval/bits_per_byte"
 
@@ -56,7 +56,7 @@ def train(row: Recipe, minutes: float, seed: int = 0, again: bool = False) -> Tr
     path = RUNS / f"{row.name.replace(' ', '-')}_{minutes:g}min_seed{seed}_{key}"
     if again or not finished(path):
         rmtree(path, ignore_errors=True)
-        launch([*asked, "--out", str(path)], path.with_suffix(".log"))
+        launch([*asked, "--out", str(path)], path.with_name(f"{path.name}.log"))
     return read(path)
 
 
@@ -77,7 +77,7 @@ def launch(words: list[str], log: Path) -> None:
 
 
 def finished(path: Path) -> bool:
-    return (path / "config.toml").exists() and Run.open(path).status().get("state") == "finished"
+    return (path / "config.toml").exists() and Run.open(path).status().get("state") == "done"
 
 
 def read(path: Path) -> Trained:
