@@ -102,7 +102,7 @@ class Saver:
         self.tensors = snapshot(tensors, self.tensors)
         if any(t.is_cuda for t in (*weights.values(), *tensors.values())):
             torch.cuda.synchronize()
-        self.thread = threading.Thread(target=self._write, args=(step, json.dumps(counters)), daemon=True)
+        self.thread = threading.Thread(target=self._write, args=(step, json.dumps(counters)))
         self.thread.start()
 
     def check(self) -> None:
