@@ -6,13 +6,11 @@ The plan before and the account after a run are the same record, `Account`, so a
 Energy is watts × hours of `hardware.Machine`, an estimate: nothing here reads a meter.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from shoal.model.config import ModelConfig
 from shoal.plan import flops
 from shoal.plan.hardware import Machine
-
-JOULES_PER_KWH = 3.6e6
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,3 @@ def account(
         usd=None if machine.price_per_hour is None else machine.price_per_hour * machine_hours,
         **more,
     )
-
-
-def seconds_for(tokens: float, tokens_per_second: float, n_machines: int = 1) -> float:
-    """Wall-clock of a run at `tokens_per_second` on each of `n_machines`."""
-    return tokens / (tokens_per_second * n_machines)
-
-
-def ratios(predicted: Account, actual: Account) -> dict[str, float]:
-    """Actual over predicted, for every figure both sides know."""
-    before, after = asdict(predicted), asdict(actual)
-    return {name: after[name] / before[name] for name in before if before[name] and after[name] is not None}

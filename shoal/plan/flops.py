@@ -12,7 +12,7 @@ a head. Many published figures count the masked half too; at 4K tokens and V3's 
 Recomputed activations are work, but not progress: they are left out, so this is the F of MFU, not of "hardware" FLOPs.
 
 Sources: Kaplan et al. (arXiv 2001.08361) for 6N; PaLM (arXiv 2204.02311, appendix B) for MFU; DeepSeek-V2
-(arXiv 2405.04434, section 2.1) for latent attention, rebuilt in training and absorbed in decoding.
+(arXiv 2405.04434, section 2.1) for latent attention, whose keys and values are rebuilt in training.
 """
 
 from collections.abc import Sequence
@@ -60,15 +60,6 @@ def forward(config: ModelConfig, context: int) -> Flops:
 def training(config: ModelConfig, context: int) -> Flops:
     """Forward and backward of one token in training: the numerator of MFU."""
     return (1 + BACKWARD) * forward(config, context)
-
-
-def decoding(config: ModelConfig, cached: int) -> Flops:
-    """Writing one more token after `cached` of them, attention absorbed into the latent; no multi-token modules."""
-    a = config.attention
-    layers = sum((of_layer(config, i, 0) for i in range(config.n_layers)), Flops())
-    per_key = 2 * a.kv_lora_rank + a.qk_rope_head_dim if isinstance(a, MLAConfig) else 2 * a.head_dim
-    core = Flops(attention=2.0 * config.n_layers * a.n_heads * per_key * (cached + 1))
-    return layers + core + Flops(head=head(config))
 
 
 def of_token(config: ModelConfig, keys: float) -> Flops:

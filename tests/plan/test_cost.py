@@ -14,11 +14,10 @@ TOKENS, RATE, GPUS = 14.8e12, 1543, 2048
 
 def test_v3_costs_what_was_published():
     """180K H800 hours a trillion tokens, 2664K for 14.8T: $5.328M at $2, in under two months on 2048 of them."""
-    seconds = cost.seconds_for(TOKENS, RATE, GPUS)
-    bill = cost.account(V3, 4096, int(TOKENS), seconds, H800, n_machines=GPUS)
+    bill = cost.account(V3, 4096, int(TOKENS), TOKENS / RATE / GPUS, H800, n_machines=GPUS)
     gpu_hours = GPUS * bill.seconds / 3600
     assert gpu_hours == pytest.approx(2664e3, rel=0.001)
-    assert cost.seconds_for(1e12, RATE) / 3600 == pytest.approx(180e3, rel=0.001)
+    assert gpu_hours / 14.8 == pytest.approx(180e3, rel=0.001)
     assert bill.usd and bill.usd == pytest.approx(5.328e6, rel=0.001)
     assert bill.usd / gpu_hours * (gpu_hours + 119e3 + 5e3) == pytest.approx(5.576e6, rel=0.001)
     assert bill.seconds / 86400 < 60
@@ -39,12 +38,3 @@ def test_energy_is_watts_times_hours_and_an_unknown_price_stays_unknown():
     assert bill.energy_kwh_estimate == pytest.approx(machine.watts / 2000)
     assert bill.usd == pytest.approx(0.05)
     assert cost.account(V3, 4096, 1000, 1800, replace(machine, price_per_hour=None)).usd is None
-
-
-def test_a_receipt_compares_only_what_both_sides_know():
-    machine = hardware.cpu("two threads", 8e11, 2e11, 2e10, 8 << 30, threads=2)
-    predicted = cost.account(V3, 4096, 1000, 100, machine, steps=10)
-    actual = cost.account(V3, 4096, 900, 110, machine, steps=9, bits_per_byte=0.9)
-    ratios = cost.ratios(predicted, actual)
-    assert ratios["tokens"] == 0.9 and ratios["seconds"] == pytest.approx(1.1)
-    assert "bits_per_byte" not in ratios and "peak_memory_bytes" not in ratios

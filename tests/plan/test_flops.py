@@ -74,10 +74,3 @@ def test_causal_attention_grows_with_half_the_context():
     assert longer.attention / shorter.attention == pytest.approx(4097 / 2049)
     assert longer.total - longer.attention - longer.mtp == shorter.total - shorter.attention - shorter.mtp
     assert flops.mean_keys([4096]) == flops.mean_keys([4096] * 3) > flops.mean_keys([2048] * 6)
-
-
-def test_absorbed_decoding_meets_longer_keys_but_multiplies_the_same_matrices():
-    """Per key 2·512 + 64 numbers a head instead of 192 + 128; folding W_up into the query costs what W_up did."""
-    read, written = flops.of_token(V3, 1000), flops.decoding(V3, 999)
-    assert written.attention / read.attention == (2 * 512 + 64) / (128 + 64 + 128)
-    assert written.projections == read.projections and written.mtp == 0
