@@ -1,0 +1,114 @@
+"""A training step: what it changes, what it must not, and that nothing about how it is computed matters."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from shoal.model.presets import PRESETS
+from shoal.train.balance import max_over_mean, routers
+from shoal.train.config import BatchConfig, LossConfig, OptimConfig, PretrainConfig
+from shoal.train.step import TrainState, train_step
+from tests.train.batches import batch_of
+
+CONFIG = PretrainConfig(
+    PRESETS["tiny"], batch=BatchConfig(context=32, samples=2), optim=OptimConfig(lr=3e-3), dtype="fp32", steps=50
+)
+
+
+def weights(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in state.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_learns_a_batch_by_heart(matrices, dtype):
+    state = TrainState(replace(CONFIG, optim=OptimConfig(matrices, lr=5e-3), dtype=dtype), "cpu")
+    batch = batch_of([32, 32])
+    losses = [train_step(state, [batch]) for _ in range(50)]
+    assert losses[0].loss == pytest.approx(torch.tensor(512.0).log().item(), abs=0.2)
+    assert losses[-1].loss < 0.3 * losses[0].loss
+    assert losses[-1].mtp_loss < 0.8 * losses[0].mtp_loss
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    whole, parts = TrainState(CONFIG, "cpu"), TrainState(CONFIG, "cpu")
+    a, b = batch_of([32, 20, 12], seed=1), batch_of([64], seed=2)
+    both = batch_of([32, 20, 12, 64])
+    both.tokens_T[:], both.targets_T[:] = torch.cat([a.tokens_T, b.tokens_T]), torch.cat([a.targets_T, b.targets_T])
+    one, two = train_step(whole, [both]), train_step(parts, [a, b])
+    assert two.loss == pytest.approx(one.loss, rel=1e-5) and two.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+    main = slice(0, -1)  # the multi-token module sees another token behind each batch's last, where it predicts nothing
+    assert torch.equal(one.loads_LE[main], two.loads_LE[main])
+
+
+def test_recomputed_activations_give_the_same_step():
+    plain, again = TrainState(CONFIG, "cpu"), TrainState(replace(CONFIG, recompute=True), "cpu")
+    for seed in range(3):
+        train_step(plain, [batch_of([40, 24], seed=seed)])
+        train_step(again, [batch_of([40, 24], seed=seed)])
+    expected = weights(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(again).items())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison: float):
+    state = TrainState(CONFIG, "cpu")
+    train_step(state, [batch_of([64])])
+    row = state.model.embed.weight.data[7].clone()
+    state.model.embed.weight.data[7] = poison
+    before, moments = weights(state), {k: v.clone() for k, v in state.tensors().items()}
+    batch = batch_of([64])
+    batch.tokens_T[10] = 7
+    result = train_step(state, [batch])
+    assert result.skipped and (state.counters.step, state.counters.updates, state.counters.skips_in_a_row) == (2, 1, 1)
+    after = weights(state)
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "embed.weight")
+    assert all(torch.equal(value, moments[name]) for name, value in state.tensors().items())
+    state.model.embed.weight.data[7] = row
+    assert train_step(state, [batch_of([64])]).skipped is None and state.counters.skips_in_a_row == 0
+
+
+def test_a_spike_is_skipped():
+    state = TrainState(CONFIG, "cpu")
+    for _ in range(30):
+        train_step(state, [batch_of([64])])
+    assert state.counters.mean_loss < 4
+    result = train_step(state, [batch_of([64], seed=5)])
+    assert result.skipped is not None and "spiked" in result.skipped
+
+
+def test_resting_multi_token_modules_cost_nothing_and_stay_put():
+    state = TrainState(replace(CONFIG, loss=LossConfig(mtp_from=0.5)), "cpu")
+    before = weights(state)
+    result = train_step(state, [batch_of([64])])
+    after = weights(state)
+    assert result.mtp_loss is None
+    assert all(torch.equal(after[n], before[n]) for n in before if n.startswith("mtp."))
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    state.counters.step = 25
+    assert train_step(state, [batch_of([64])]).mtp_loss is not None
+
+
+def test_the_bias_evens_out_the_experts():
+    state = TrainState(replace(CONFIG, loss=LossConfig(bias_speed=0.02, balance_alpha=0.0), steps=200), "cpu")
+    for router in routers(state.model):
+        router.bias[:3] = 0.3  # every token chooses among three experts of eight
+    ratios = [max_over_mean(train_step(state, [batch_of([64, 64], seed=i % 4)]).loads_LE) for i in range(80)]
+    assert ratios[0] > 2.2 and sum(ratios[-10:]) / 10 < 1.6
+
+
+def test_tensors_and_counters_carry_a_run_over_bit_for_bit():
+    for dtype in ("fp32", "bf16"):
+        config = replace(CONFIG, dtype=dtype)
+        first = TrainState(config, "cpu")
+        for seed in range(4):
+            train_step(first, [batch_of([64], seed=seed)])
+        second = TrainState(replace(config, seed=9), "cpu")
+        second.model.load_state_dict(weights(first))
+        second.load({k: v.clone() for k, v in first.tensors().items()}, first.saved_counters())
+        for seed in range(4, 8):
+            a, b = train_step(first, [batch_of([64], seed=seed)]), train_step(second, [batch_of([64], seed=seed)])
+            assert (a.loss, a.grad_norm) == (b.loss, b.grad_norm)
+        expected = weights(first)
+        assert all(torch.equal(value, expected[name]) for name, value in weights(second).items())
