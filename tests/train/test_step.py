@@ -91,11 +91,11 @@ def test_resting_multi_token_modules_cost_nothing_and_stay_put():
 
 
 def test_the_bias_evens_out_the_experts():
-    state = TrainState(replace(CONFIG, loss=LossConfig(bias_speed=0.02, balance_alpha=0.0), steps=200), "cpu")
+    state = TrainState(replace(CONFIG, loss=LossConfig(bias_speed=0.02), optim=OptimConfig(lr=1e-4)), "cpu")
     for router in routers(state.model):
         router.bias[:3] = 0.3  # every token chooses among three experts of eight
     ratios = [max_over_mean(train_step(state, [batch_of([64, 64], seed=i % 4)]).loads_LE) for i in range(80)]
-    assert ratios[0] > 2.2 and sum(ratios[-10:]) / 10 < 1.6
+    assert ratios[0] > 2.2 and sum(ratios[-10:]) / 10 < 1.7
 
 
 def test_tensors_and_counters_carry_a_run_over_bit_for_bit():
