@@ -5,6 +5,7 @@ change what is chosen. Freshly initialised weights would hide mistakes: their lo
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def random_peer(config: ModelConfig, seed: int):
+def random_peer(config: ModelConfig, seed: int) -> Any:
     """transformers' model of this configuration in fp32."""
     raw = to_hf_config(config, "float32")
     theirs = AutoConfig.for_model(raw.pop("model_type"), **raw)
@@ -44,7 +45,7 @@ def randomise(model: torch.nn.Module, generator: torch.Generator, tied: bool) ->
             p.normal_(0, p.shape[-1] ** -0.5, generator=generator)
 
 
-def open_folder(folder: Path):
+def open_folder(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 

@@ -65,7 +65,7 @@ def write(source: Path, target: Path, dtype: str | None, shard_bytes: int) -> st
 
         check_vocabulary(Tokenizer.load(source).vocab_size, config.vocab_size)
     stored = raw.get("torch_dtype") or raw.get("dtype")
-    matrices = dtype or (stored if stored in DTYPES else "bfloat16")
+    matrices = dtype or (stored if stored in DTYPES else "float32")  # holds any other without loss
     check_memory(config, matrices)
     model = hf.load(source, getattr(torch, matrices))
     ids = {"bos_id": raw.get("bos_token_id"), "eos_id": raw.get("eos_token_id")}

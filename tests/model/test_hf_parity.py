@@ -25,6 +25,7 @@ def test_log_probabilities_agree_both_ways(tmp_path, architecture, seed):
 
 
 SIGMOID = random_config("deepseek_v3", 0).moe
+assert SIGMOID
 ODD = {  # combinations that only our own recipes make
     "latent and dense, with a module": {"architecture": "deepseek_v3", "moe": None, "n_mtp": 1},
     "no shared expert": {"architecture": "deepseek_v3", "moe": replace(SIGMOID, n_shared_experts=0)},
