@@ -107,10 +107,13 @@ class Run:
             self._metrics.flush()
 
     def rewind(self, step: int) -> None:
-        """Drop the record past `step`."""
+        """Drop the record past `step`, and what a run that had ended added to the line of its last step."""
         self.close()
-        kept = [json.dumps(_jsonable(line)) + "\n" for line in self.metrics() if line["step"] <= step]
-        replace_text(self.path / "metrics.jsonl", "".join(kept))
+        first: dict[float, str] = {}
+        for line in self.metrics():
+            if line["step"] <= step:
+                first.setdefault(line["step"], json.dumps(_jsonable(line)) + "\n")
+        replace_text(self.path / "metrics.jsonl", "".join(first.values()))
 
     def metrics(self) -> list[dict[str, float]]:
         """Every line of the record, in order."""

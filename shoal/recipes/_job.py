@@ -196,7 +196,7 @@ def finish(
     next_command = f'shoal generate {run.path.name} --prompt "def main("'
     account = cost.account(
         config.model, config.batch.context, c.tokens, c.seconds, machine, DTYPES[config.dtype], steps=c.step,
-        peak_memory_bytes=int(run.metrics()[-2]["memory/peak_gib"] * 2**30), bits_per_byte=score.bits_per_byte,
+        peak_memory_bytes=int(run.series("memory/peak_gib")[1][-1] * 2**30), bits_per_byte=score.bits_per_byte,
     )  # fmt: skip
     write_json(run.path / "receipt.json", dataclasses.asdict(account) | {"next_command": next_command})
     run.status(state="done", step=c.step, bits_per_byte=score.bits_per_byte)

@@ -59,7 +59,7 @@ def pretrain(
     loader = training_loader(config, corpus)
     saver = Saver(run.checkpoints, model_writer(config, corpus), config.checkpoint.keep)
     clock = Clock(state)
-    saved = state.counters.step
+    saved, stall = state.counters.step, {}
     with Stop(say) as stop:
         while steps_left(state) and not stop.asked:
             batches = next_batches(state, loader)
@@ -73,15 +73,16 @@ def pretrain(
             if score_due(state):
                 metrics |= scored(state.model, corpus.val, corpus, config, config.eval.tokens)
                 clock.tick()
+            run.log(state.counters.step, metrics | stall)  # before the save: a resumed run never lacks a line
+            show({"step": state.counters.step, "total_steps": state.counters.total_steps, **metrics})
+            stall = {}
             if save_due(state, clock, saved):
                 saved = state.counters.step
-                metrics["time/save_stall"] = save(saver, state, clock)
+                stall = {"time/save_stall": save(saver, state, clock)}  # goes into the next line
             saver.check()
-            run.log(state.counters.step, metrics)
-            show({"step": state.counters.step, "total_steps": state.counters.total_steps, **metrics})
-    if saved != state.counters.step:
-        save(saver, state, clock)
-    saver.close()
+        if saved != state.counters.step:
+            save(saver, state, clock)
+        saver.close()
     return state
 
 

@@ -113,7 +113,7 @@ def test_sigkill_inside_a_save(tmp_path, uninterrupted):
     out = tmp_path / "killed"
     process = start(out)
     for whole in (0, 1):
-        until(process, lambda whole=whole: hidden(out) and len(visible(out)) >= whole)
+        until(process, lambda whole=whole: bool(hidden(out)) and len(visible(out)) >= whole)
         process.kill()
         finish(process, -signal.SIGKILL)
         process = resume(out)
@@ -127,6 +127,17 @@ def hidden(out: Path) -> list[Path]:
 
 def visible(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
+
+
+def test_sigkill_while_the_finished_run_is_scored_and_reported(tmp_path, uninterrupted):
+    out = tmp_path / "killed"
+    process = start(out)
+    until(process, (out / "evals/held_out.json").exists)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    finish(resume(out))
+    assert_same_outcome(out, uninterrupted)
+    assert (out / "receipt.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
