@@ -88,7 +88,7 @@ class Optimizer:
         s.first.mul_(c.momentum).add_(g)
         u = g.add_(s.first, alpha=c.momentum)
         matrices = u.unflatten(1, (2, -1)) if s.name.endswith("gate_up") else u  # gate and up are two matrices
-        u = orthogonal(matrices, c.newton_schulz_steps).view_as(u)
+        u = orthogonal(matrices, c.newton_schulz_steps).reshape(u.shape)
         size = c.muon_rms * max(matrices.shape[-2:]) ** 0.5
         s.master.mul_(1 - lr * s.decay).add_(u, alpha=-lr * size)
         self._narrow(s)
