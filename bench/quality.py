@@ -44,7 +44,10 @@ def main() -> None:
                 found[row.name].append(train(row, args.minutes, seed, args.again))
             except TrainingFailed as failure:
                 print(f"{row.name}: {failure}", flush=True)
-    report({name: runs for name, runs in found.items() if runs}, args.minutes)
+    found = {name: runs for name, runs in found.items() if runs}
+    if not found:
+        raise SystemExit("no row was trained: nothing to report")
+    report(found, args.minutes)
 
 
 def arguments() -> argparse.Namespace:
@@ -77,7 +80,7 @@ def report(found: dict[str, list[Trained]], minutes: float) -> None:
         limit=[LIMIT if name == OURS else None for name in rows],
         unit="held-out bits per byte",
         minutes=minutes,
-        seeds=max(map(len, found.values()), default=0),
+        seeds=max(map(len, found.values())),
         changes={row.name: {"recipe": row.recipe, **row.changes} for row in ROWS if row.name in found},
         tokens={name: median(run.tokens for run in runs) for name, runs in found.items()},
         code=code(),

@@ -1,7 +1,7 @@
 """Whole training runs as measurements: `shoal pretrain` in a process of its own, its record read afterwards.
 
-A run's directory under build/bench/trained/ is named by everything that decides its outcome (the content of `shoal/`, the
-recipe, minutes, seed and flags), so a bench that was interrupted, or that shares runs with another one, trains only
+A run's directory under build/bench/trained/ is named by everything that decides its outcome (the content of `shoal/`,
+the recipe, minutes, seed and flags), so a bench that was interrupted, or that shares runs with another one, trains only
 what is missing. Trainings can't take turns by the step; benches alternate whole runs and repeat them with other seeds.
 """
 

@@ -16,8 +16,9 @@ def missing() -> str | None:
 def build(experts: str) -> ModuleTrainer:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    raw = to_hf_config(SHAPE, "bfloat16") | {"use_cache": False}
+    raw = to_hf_config(SHAPE, "bfloat16")
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    config.use_cache = False
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts
     )
