@@ -1,4 +1,4 @@
-"""How a training job talks to whoever started it: a live line on a terminal, one aligned line now and then elsewhere."""
+"""How a training job talks to whoever started it: a live line on a terminal, an aligned one now and then elsewhere."""
 
 import sys
 import time

@@ -68,7 +68,7 @@ def within_best_groups(choice_TE: Tensor, c: MoEConfig) -> Tensor:
 
 
 class Experts(nn.Module):
-    """All routed SwiGLU experts as stacked matrices. Rows arrive sorted by expert; `counts_E` says how many each gets."""
+    """All routed SwiGLU experts as stacked matrices. Rows arrive sorted by expert; `counts_E`: how many each gets."""
 
     def __init__(self, n_experts: int, dim: int, hidden: int):
         super().__init__()

@@ -1,7 +1,8 @@
 """Fast twins for x86-64 CPUs with AVX512-BF16: C kernels, compiled once by the machine's own `cc` and called by ctypes.
 
-Why C and not torch.compile: a plain C file builds in two seconds instead of 25–90, has no cold start inside a ten-minute
-budget, and attention, which no compiler fuses on a CPU, is in it. Only bf16 tensors come here; fp32 takes the reference.
+Why C and not torch.compile: a plain C file builds in seconds instead of 25–90, has no cold start inside a ten-minute
+budget, and attention, which no compiler fuses on a CPU, is in it. Only bf16 tensors come here; fp32 takes the
+reference.
 `status()` says what was found; where anything is missing (another processor, no compiler) the reference runs instead,
 and the run's log says so.
 

@@ -56,8 +56,8 @@ def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
 class GroupedLinear(torch.autograd.Function):
     """The reference's products on a CPU, without its copies, and in few shapes.
 
-    oneDNN builds a kernel for every shape it meets, and experts' row counts never repeat: products of fresh shapes ran at
-    120–145 GFLOP/s a core where known ones ran at 200. So each block is lengthened to a multiple of `ROUND` rows: the
+    oneDNN builds a kernel for every shape it meets, and experts' row counts never repeat: products of fresh shapes
+    ran at 120–145 GFLOP/s a core where known ones ran at 200. So each block is lengthened to a multiple of `ROUND` rows: the
     extra results are overwritten by the next expert's, the extra rows of a weight's gradient are multiplied by zero.
     """
 
@@ -121,7 +121,7 @@ def causal_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, lengths: Seque
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
-    """nll [T] (fp32) of each target, 0 where it is negative. The logits become scale · (softmax − onehot): their gradient."""
+    """nll [T] (fp32) of each target, 0 where it is negative. Logits become scale · (softmax − onehot)."""
     if cpu.takes(logits_TV):
         return cpu.cross_entropy_(logits_TV, targets_T, scale)
     return reference.cross_entropy_(logits_TV, targets_T, scale)

@@ -1,7 +1,7 @@
-"""The arithmetic of the model, written to be read: the executable specification that every fast twin is tested against.
+"""The arithmetic of the model, written to be read: the executable specification of every fast twin.
 
-Shapes: T tokens, D width, F hidden width, E experts, K chosen, M = T·K routed rows, R rope dims; in attention S segments
-of L tokens, H query heads, G key-value heads, K query and key dims, V value dims; in losses V vocabulary.
+Shapes: T tokens, D width, F hidden width, E experts, K chosen, M = T·K routed rows, R rope dims; in attention S
+segments of L tokens, H query heads, G key-value heads, K query and key dims, V value dims; in losses V vocabulary.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor) -> Tensor:
-    """Turn neighbouring pairs (x0, x1), (x2, x3), …: DeepSeek's interleaved layout. x is [T, R] or [T, H, R]; fp32 inside."""
+    """Turn neighbouring pairs (x0, x1), (x2, x3), …: DeepSeek's layout. x is [T, R] or [T, H, R]; fp32 inside."""
     if x.dim() == 3:
         cos_TR2, sin_TR2 = cos_TR2[:, None], sin_TR2[:, None]
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)

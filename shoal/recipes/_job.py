@@ -1,7 +1,7 @@
 """A pretraining job from end to end: look at the machine, prepare the text, plan, train, score, sample, report.
 
-Every recipe goes through here; `shoal pretrain` and `shoal quickstart` only read flags. What each stage found is left in
-the run directory (plan.json, evals/, samples/, receipt.json), from which the report is made.
+Every recipe goes through here; `shoal pretrain` and `shoal quickstart` only read flags. What each stage found is left
+in the run directory (plan.json, evals/, samples/, receipt.json), from which the report is made.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import lzma
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -149,8 +150,8 @@ def plan_of(config: PretrainConfig, corpus: Corpus, machine: hardware.Machine, d
         )
     counts = count_parameters(config.model)
     teller.say(
-        f"plan     {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active; {account.steps:,} steps of "
-        f"{config.batch.tokens:,} tokens, {account.tokens / 1e6:.1f}M in all, at {account.tokens_per_second:,.0f} a second"
+        f"plan     {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active; {account.steps:,} steps "
+        f"of {config.batch.tokens:,} tokens, {account.tokens / 1e6:.1f}M in all, {account.tokens_per_second:,.0f} tokens/s"
     )
     return {**dataclasses.asdict(account), "why": list(why), "machine": dataclasses.asdict(machine)}
 
@@ -231,8 +232,8 @@ def yardsticks(corpus: Corpus) -> dict[str, float]:
 
 
 def val_text(split: Split, corpus: Corpus) -> bytes:
-    ends = split.doc_starts
-    documents = (corpus.tokenizer.decode(split.tokens[a:b].tolist(), skip_special=True) for a, b in zip(ends, ends[1:]))
+    spans = pairwise(split.doc_starts.tolist())
+    documents = (corpus.tokenizer.decode(split.tokens[a:b].tolist(), skip_special=True) for a, b in spans)
     return "".join(documents).encode()
 
 

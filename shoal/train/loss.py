@@ -1,8 +1,8 @@
 """Next-token and multi-token loss, without logits ever standing whole in memory.
 
 The head's product, the cross-entropy and both gradients are taken chunk by chunk in the forward pass: the logits of a
-chunk become their own gradient, are multiplied back into hidden state and head, and are gone. `F.cross_entropy` on whole
-logits would hold T · V numbers three times over (4,096 tokens of V3's vocabulary: 6 GB in fp32).
+chunk become their own gradient, are multiplied back into hidden state and head, and are gone. `F.cross_entropy` on
+whole logits would hold T · V numbers three times over (4,096 tokens of V3's vocabulary: 6 GB in fp32).
 
 Multi-token prediction (V3, section 2.2): loss = L_main + λ/depth · Σ_k L_k, module k predicting k further tokens ahead.
 
@@ -128,7 +128,7 @@ class Score:
 
     @property
     def mtp_accept(self) -> float | None:
-        """Share of second tokens that greedy speculative decoding would accept: the module's guess is the model's own."""
+        """Share of second tokens that greedy speculative decoding would accept: the model's own choice, guessed."""
         return self.agreed / self.drafted if self.drafted else None
 
 

@@ -1,7 +1,7 @@
 """AdamW and Muon behind one face, over fp32 masters of bf16 weights.
 
-AdamW (arXiv 1711.05101). Muon (Keller Jordan, 2024; scaled as in arXiv 2502.16982) for every matrix inside a block, each
-expert's own: the update is the momentum with its singular values all moved towards one,
+AdamW (arXiv 1711.05101). Muon (Keller Jordan, 2024; scaled as in arXiv 2502.16982) for every matrix inside a block,
+each expert's own: the update is the momentum with its singular values all moved towards one,
 
     u = orthogonal(g + μ·buf) · rms · √max(rows, columns)        p ← p (1 − lr·decay) − lr·u
 

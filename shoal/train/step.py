@@ -1,4 +1,4 @@
-"""One training step, and the state it advances. Every stage's loop (pretraining, fine-tuning, reinforcement) calls it."""
+"""One training step, and the state it advances. Every stage's loop calls it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
