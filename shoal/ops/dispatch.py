@@ -57,8 +57,8 @@ class GroupedLinear(torch.autograd.Function):
     """The reference's products on a CPU, without its copies, and in few shapes.
 
     oneDNN builds a kernel for every shape it meets, and experts' row counts never repeat: products of fresh shapes
-    ran at 120–145 GFLOP/s a core where known ones ran at 200. So each block is lengthened to a multiple of `ROUND` rows: the
-    extra results are overwritten by the next expert's, the extra rows of a weight's gradient are multiplied by zero.
+    ran at 120–145 GFLOP/s a core where known ones ran at 200. So each block is lengthened to a multiple of `ROUND` rows:
+    the extra results are overwritten by the next expert's, the extra rows of a weight's gradient are multiplied by zero.
     """
 
     ROUND = 32
