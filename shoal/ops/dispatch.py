@@ -56,9 +56,9 @@ def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
 class GroupedLinear(torch.autograd.Function):
     """The reference's products on a CPU, without its copies, and in few shapes.
 
-    oneDNN builds a kernel for every shape it meets, and experts' row counts never repeat: products of fresh shapes
-    ran at 120–145 GFLOP/s a core where known ones ran at 200. So each block is lengthened to a multiple of `ROUND` rows:
-    the extra results are overwritten by the next expert's, the extra rows of a weight's gradient are multiplied by zero.
+    oneDNN builds a kernel for every shape it meets, and experts' row counts never repeat: products of fresh shapes ran
+    at 120–145 GFLOP/s a core where known ones ran at 200. So each block is lengthened to a multiple of `ROUND` rows:
+    the extra results are overwritten by the next expert's, the extra rows of a weight's gradient multiplied by zero.
     """
 
     ROUND = 32

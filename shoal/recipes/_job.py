@@ -150,8 +150,8 @@ def plan_of(config: PretrainConfig, corpus: Corpus, machine: hardware.Machine, d
         )
     counts = count_parameters(config.model)
     teller.say(
-        f"plan     {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active; {account.steps:,} steps "
-        f"of {config.batch.tokens:,} tokens, {account.tokens / 1e6:.1f}M in all, {account.tokens_per_second:,.0f} tokens/s"
+        f"plan     {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active; {account.steps:,} steps, "
+        f"{account.tokens / 1e6:.1f}M tokens, {account.tokens_per_second:,.0f} a second"
     )
     return {**dataclasses.asdict(account), "why": list(why), "machine": dataclasses.asdict(machine)}
 
