@@ -2,10 +2,10 @@
 
     python -m bench.save [--quick]
 
-The `mini` model trains at its real batch size. In every round some steps run quietly, then one save is asked for and
-steps go on until it is on the disk. Lost are the stall (until `Saver.save` returns) and the drag: how much longer the
-steps beside the writing thread took than as many quiet ones. The peer, in the same rounds, is what training scripts
-usually do: `torch.save` of model and optimizer, synced, while the loop stands still.
+The `mini` model trains at its real batch size. In every round a save is asked for between quiet steps, and steps go on
+until it is on the disk. Lost are the stall (until `Saver.save` returns) and the drag: how much longer the steps beside
+the writing thread took than as many quiet ones. The peer, in the same rounds, is what training scripts usually do:
+`torch.save` of model and optimizer, synced, while the loop stands still.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from shoal.train.checkpoint import Saver
 from shoal.train.config import PretrainConfig
 from shoal.train.step import TrainState, train_step
 
-CONFIG = PretrainConfig(PRESETS["mini"])
+CONFIG = PretrainConfig(PRESETS["mini"], steps=1000)
 INTERVAL_SECONDS = 60 * CONFIG.checkpoint.minutes
-QUIET_STEPS = 4
+QUIET_STEPS = 3  # before a save, and as many after
 LIMIT = 0.01
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def one_round(state: TrainState, saver: Saver, peer: Path) -> dict[str, float]:
-    quiet = median(timed(lambda: train_step(state, [batch()])) for _ in range(QUIET_STEPS))
+    quiet = [timed(lambda: train_step(state, [batch()])) for _ in range(QUIET_STEPS)]
     stall = timed(
         lambda: saver.save(state.counters.step, state.model.state_dict(), state.tensors(), state.saved_counters())
     )
@@ -62,9 +62,10 @@ def one_round(state: TrainState, saver: Saver, peer: Path) -> dict[str, float]:
     while saver.thread and saver.thread.is_alive():
         beside.append(timed(lambda: train_step(state, [batch()])))
     written = time.perf_counter() - began
-    drag = sum(beside) - quiet * len(beside)
+    quiet += [timed(lambda: train_step(state, [batch()])) for _ in range(QUIET_STEPS)]
+    drag = sum(beside) - median(quiet) * len(beside)
     plain = timed(lambda: save_plainly(state, peer))
-    return {"step": quiet, "stall": stall, "drag": drag, "written": written, "torch.save": plain}
+    return {"step": median(quiet), "stall": stall, "drag": drag, "written": written, "torch.save": plain}
 
 
 def batch() -> Batch:
