@@ -5,7 +5,7 @@
 Everything trains on python-stdlib alone, deduplicated; held out are the files whose SHA-256 ends in f. Rows alternate,
 and are repeated with another seed only when all have run. `ratio` is a row's bits per byte over the quickstart
 recipe's: above 1, what the row changes was worth having. The yardstick is `xz -9e` of the held-out text itself.
-Finished runs are kept under build/bench/trained/ and not trained again while the code is the same.
+Finished runs are kept under runs/bench/ and not trained again while the code is the same.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Whole training runs as measurements: `shoal pretrain` in a process of its own, its record read afterwards.
 
-A run's directory under build/bench/trained/ is named by everything that decides its outcome (the content of `shoal/`,
+A run's directory under runs/bench/ is named by everything that decides its outcome (the content of `shoal/`,
 the recipe, minutes, seed and flags), so a bench that was interrupted, or that shares runs with another one, trains only
 what is missing. Trainings can't take turns by the step; benches alternate whole runs and repeat them with other seeds.
 """
@@ -19,7 +19,7 @@ import shoal
 from bench.shape import THREADS
 from shoal.run import Run
 
-RUNS = Path("build/bench/trained")
+RUNS = Path("runs/bench")
 DATA = {"data.sources": "python-stdlib", "data.val_suffixes": "f"}  # the figure's text: the library alone
 SCORE = "eval/bits_per_byte"
 
