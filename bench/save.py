@@ -32,6 +32,7 @@ CONFIG = PretrainConfig(PRESETS["mini"], steps=1000)
 INTERVAL_SECONDS = 60 * CONFIG.checkpoint.minutes
 QUIET_STEPS = 3  # before a save, and as many after
 LIMIT = 0.01
+SCRATCH = Path("build/bench")  # on the disk that runs are written to; /tmp may be memory
 
 
 def main() -> None:
@@ -42,7 +43,8 @@ def main() -> None:
     state = TrainState(CONFIG, "cpu")
     for _ in range(2):
         train_step(state, [batch()])
-    folder = Path(tempfile.mkdtemp(dir="."))  # on the disk that runs are written to; /tmp may be memory
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=SCRATCH))
     try:
         saver = Saver(folder / "ours", lambda weights, to: hf.save_state(CONFIG.model, weights, to), keep=2)
         found = [one_round(state, saver, folder / "peer.pt") for _ in range(rounds)]
