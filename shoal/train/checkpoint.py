@@ -10,8 +10,9 @@ moment leaves the old checkpoint or the new one, and a folder without a dot is w
 `newest` checks, and says what it refused and why.
 
 `Saver` stalls training only while it copies tensors into host buffers that are allocated once (pinned where they come
-from a GPU). A thread of lowest priority does the rest. The price is memory for a second copy; forking for a
-copy-on-write snapshot would spare it, but a fork of a process with OpenMP and CUDA threads is a gamble.
+from a GPU). A thread of low priority does the rest (of the lowest it would starve beside busy neighbours); a process
+that ends waits for it. The price is memory for a second copy; forking for a copy-on-write snapshot would spare it, but
+a fork of a process with OpenMP and CUDA threads is a gamble.
 
 One saver a folder: the run's lock sees to that, so hidden folders found at the start belong to the dead.
 """
@@ -121,7 +122,7 @@ class Saver:
     def _write(self, step: int, counters: str) -> None:
         try:
             if sys.platform == "linux":  # where priority is a thread's own
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             write_model = partial(self.write_model, self.weights)
             save(self.root, step, write_model, self.tensors, json.loads(counters), self.keep)
         except BaseException as error:  # the thread ends here; the loop hears of it
