@@ -4,6 +4,9 @@ from shoal.data.config import DataConfig
 from shoal.model.presets import PRESETS
 from shoal.train.config import BatchConfig, PretrainConfig
 
+LADDER = ("nano", "mini", "midi")  # of presets, smallest first: what `shoal quickstart` chooses from on a CPU
+TOKENS_PER_ACTIVE = 1.2  # tokens that an active parameter should at least see
+
 
 def recipe() -> PretrainConfig:
     model = PRESETS["mini"]
