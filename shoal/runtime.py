@@ -131,6 +131,11 @@ def keep_freed_memory() -> str:
     return "malloc keeps freed memory" if kept else "malloc could not be tuned"
 
 
+def cache_root() -> Path:
+    """Where corpora and built kernels are kept between runs: $SHOAL_CACHE, or ~/.cache/shoal."""
+    return Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal")
+
+
 @cache
 def cpu_model() -> str:
     for line in _cpuinfo():

@@ -30,6 +30,7 @@ from shoal.data.config import DataConfig
 from shoal.data.sources import Generator, Source, resolve
 from shoal.data.tokenizer import RECIPE, Special, Tokenizer
 from shoal.errors import DataError, ResourceError
+from shoal.runtime import cache_root
 
 FORMAT = 1
 FIX = "remove the folder and prepare the corpus again"
@@ -128,10 +129,6 @@ def prepare(
     if corpus.info["key"] != key:
         raise DataError(f"{folder}, which holds another corpus", "an empty place", "choose another --out or remove it")
     return corpus
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal")
 
 
 @contextmanager
