@@ -1,8 +1,8 @@
 """Fast twins for x86-64 CPUs with AVX512-BF16: C kernels, compiled once by the machine's own `cc` and called by ctypes.
 
 Why C and not torch.compile: a plain C file builds in seconds instead of 25–90, has no cold start inside a ten-minute
-budget, and attention, which no compiler fuses on a CPU, is in it. Only bf16 tensors come here; fp32 takes the
-reference.
+budget, and attention, which no compiler fuses on a CPU, is in it. Activations come here in bf16 only; fp32 ones take
+the reference. AdamW's masters are fp32 in any case.
 `status()` says what was found; where anything is missing (another processor, no compiler) the reference runs instead,
 and the run's log says so.
 
@@ -21,6 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shoal.errors import ConfigError
+from shoal.ops.reference import AdamW
+from shoal.runtime import cache_root, cpu_flags
+
 SOURCES = Path(__file__).with_name("native")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
@@ -28,33 +32,38 @@ NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("SHOAL_KERNELS") == "reference":
+    asked = os.environ.get("SHOAL_KERNELS") or "native"
+    if asked not in ("native", "reference"):
+        raise ConfigError(
+            f"SHOAL_KERNELS={asked}", "native (where the machine can) or reference", "correct or unset it"
+        )
+    if asked == "reference":
         return None, "reference (SHOAL_KERNELS=reference)"
-    lacking = NEEDED - _cpu_flags()
+    lacking = NEEDED - cpu_flags()
     if lacking:
         return None, f"reference (this processor lacks {', '.join(sorted(lacking))})"
     try:
         return ctypes.CDLL(str(_build())), "native AVX512-BF16 kernels"
     except (OSError, subprocess.SubprocessError) as error:
-        why = getattr(error, "stderr", None) or error
-        return None, f"reference (the native kernels did not build: {str(why).strip()[:300]})"
+        return None, f"reference (the native kernels did not build: {_why(error)})"
 
 
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+def _why(error: Exception) -> str:
+    """One line: no compiler, what the compiler said first, or what the system says."""
+    if isinstance(error, FileNotFoundError) and error.filename == "cc":
+        return "there is no C compiler `cc`; install gcc or clang"
+    if isinstance(error, subprocess.CalledProcessError):
+        said = error.stderr.strip().splitlines() or [f"it ended with {error.returncode}"]
+        return f"`cc` says {next((line for line in said if 'error' in line), said[0])[:300]}"
+    return str(error)
 
 
 def _build() -> Path:
     """Compile into the cache folder under a name that hashes sources, flags, processor and torch; atomic."""
     sources = sorted(SOURCES.glob("*.[ch]"))
-    cpu = " ".join(sorted(_cpu_flags()))
+    cpu = " ".join(sorted(cpu_flags()))
     key = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + f"{FLAGS}{cpu}{torch.__version__}".encode())
-    cache_home = Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal")
-    target = cache_home / "native" / f"{platform.machine()}-{key.hexdigest()[:16]}.so"
+    target = cache_root() / "native" / f"{platform.machine()}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +99,13 @@ def takes(x: Tensor, *dims: int) -> bool:
     return fits and _library()[0] is not None
 
 
-def _call(name: str, *args) -> None:
-    """Tensors go as pointers, ints as int64, floats as float."""
+def _call(name: str, *args) -> int:
+    """Tensors go as pointers, ints as int64, floats as float. What comes back means something for attention only."""
     lib = _library()[0]
     assert lib is not None
     convert = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else convert[type(a)](a) for a in args]
-    getattr(lib, name)(*values)
+    return getattr(lib, name)(*values)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -121,11 +130,13 @@ class RMSNorm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """gate and up [T, F] have one row stride: two tensors, or the halves of one."""
+    """gate and up [T, F]: two tensors, or the halves of one, whose gradients are halves of one again; else copied."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         T, F = gate.shape
+        if gate.stride() != up.stride() or gate.stride() not in ((F, 1), (2 * F, 1)):
+            gate, up = gate.contiguous(), up.contiguous()
         y = gate.new_empty(T, F)
         _call("swiglu_forward", gate, up, gate.stride(0), y, T, F)
         ctx.save_for_backward(gate, up)
@@ -160,7 +171,7 @@ class WeighRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_MD: Tensor, weights_TK: Tensor, place_TK: Tensor) -> Tensor:
         (T, K), D = place_TK.shape, y_MD.shape[1]
-        weights_TK = weights_TK.contiguous()
+        y_MD, weights_TK = y_MD.contiguous(), weights_TK.contiguous()
         y_TD = y_MD.new_empty(T, D)
         _call("sum_rows", y_MD, place_TK, weights_TK, y_TD, T, K, D)
         ctx.save_for_backward(y_MD, weights_TK, place_TK)
@@ -183,7 +194,8 @@ class Attention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         (T, H, K), (G, V) = q.shape, v.shape[1:]
         o, lse = q.new_empty(T, H, V), torch.empty(T, H, dtype=torch.float32)
-        _call("attention_forward", q, k, v, o, lse, starts, len(starts) - 1, H, G, K, V, float(scale))
+        if _call("attention_forward", q, k, v, o, lse, starts, len(starts) - 1, H, G, K, V, float(scale)):
+            raise MemoryError("no room for attention's tiles")
         ctx.save_for_backward(q, k, v, o, lse, starts)
         ctx.scale = float(scale)
         return o
@@ -194,27 +206,29 @@ class Attention(torch.autograd.Function):
         (_, H, K), (G, V) = q.shape, v.shape[1:]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         shape = (len(starts) - 1, H, G, K, V, ctx.scale)
-        _call("attention_backward", q, k, v, o, lse, d_o.contiguous(), dq, dk, dv, starts, *shape)
+        if _call("attention_backward", q, k, v, o, lse, d_o.contiguous(), dq, dk, dv, starts, *shape):
+            raise MemoryError("no room for attention's tiles")
         return dq, dk, dv, None, None
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
-    """See dispatch.cross_entropy_."""
-    nll_T = torch.empty(len(targets_T), dtype=torch.float32)
-    _call("cross_entropy", logits_TV, targets_T, float(scale), nll_T, *logits_TV.shape)
+    """See dispatch.cross_entropy_. The kernel writes where a target points, so each must be in the vocabulary."""
+    T, V = logits_TV.shape
+    assert targets_T.shape == (T,) and targets_T.dtype == torch.int64, (T, targets_T.shape, targets_T.dtype)
+    largest = int(targets_T.max()) if T else -1
+    assert largest < V, f"target {largest} in a vocabulary of {V}"
+    nll_T = torch.empty(T, dtype=torch.float32)
+    _call("cross_entropy", logits_TV, targets_T.contiguous(), float(scale), nll_T, T, V)
     return nll_T
 
 
-def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None, numbers: tuple[float, ...]) -> None:
-    """One AdamW step on the fp32 master p and its moments; `weight` (bf16) receives the rounded result.
-
-    `numbers` are clip, lr, beta1, beta2, eps, decay, step size and root (the bias corrections).
-    """
-    narrow = int(grad.dtype is torch.bfloat16)
-    _call("adamw", p, m, v, grad, narrow, weight, p.numel(), *(float(x) for x in numbers))
+def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None, c: AdamW) -> None:
+    """See reference.adamw_."""
+    _call("adamw", p, m, v, grad, int(grad.dtype is torch.bfloat16), weight, p.numel(), *map(float, c))
 
 
-def takes_master(master: Tensor, grad: Tensor) -> bool:
-    """Whether `adamw_` accepts this pair: dense, on a CPU, the gradient bf16 or fp32."""
-    dense = master.is_contiguous() and grad.is_contiguous() and grad.dtype in (torch.bfloat16, torch.float32)
-    return dense and master.device.type == "cpu" and _library()[0] is not None
+def takes_update(p: Tensor, grad: Tensor, weight: Tensor | None) -> bool:
+    """Whether `adamw_` accepts these: dense, on a CPU, the gradient bf16 or fp32, the weight bf16."""
+    dense = all(x is None or x.is_contiguous() for x in (p, grad, weight))
+    dtypes = grad.dtype in (torch.bfloat16, torch.float32) and (weight is None or weight.dtype is torch.bfloat16)
+    return dense and dtypes and p.device.type == "cpu" and _library()[0] is not None

@@ -1,7 +1,8 @@
 """Which implementation of each operation runs: the reference, or a fast twin where the machine has one.
 
-The choice is by tensor: bf16 on a CPU with AVX512-BF16 goes to the C kernels (cpu.py), a GPU's grouped products to
-`F.grouped_mm`, all else to reference.py. `describe` says it in a line for the log. Shapes are reference.py's.
+The choice is by tensor: bf16 on a CPU with AVX512-BF16 goes to the C kernels (cpu.py), and so does AdamW on fp32
+masters there; grouped products go to `F.grouped_mm` on a GPU and to `GroupedLinear`, below, on any CPU; all else is
+reference.py's. `describe` says it in a line for the log. Shapes are reference.py's.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.ops import cpu, reference
-from shoal.ops.reference import Places, rotate_halves, rotate_pairs, sort_by_expert
+from shoal.ops.reference import AdamW, Places, rotate_halves, rotate_pairs, sort_by_expert
 
-__all__ = ["Places", "rotate_halves", "rotate_pairs", "sort_by_expert"]
+__all__ = ["AdamW", "Places", "rotate_halves", "rotate_pairs", "sort_by_expert"]
 
 
 def describe() -> str:
@@ -22,14 +23,13 @@ def describe() -> str:
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    if cpu.takes(x_TD, x_TD.shape[-1]) and x_TD.dim() == 2:
+    if x_TD.dim() == 2 and weight_D.dtype is torch.float32 and cpu.takes(x_TD, x_TD.shape[1]):
         return cpu.RMSNorm.apply(x_TD, weight_D, eps)  # type: ignore[return-value]
     return reference.rms_norm(x_TD, weight_D, eps)
 
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    same_rows = gate_TF.dim() == 2 and gate_TF.stride() == up_TF.stride() and gate_TF.stride(1) == 1
-    if same_rows and cpu.takes(gate_TF, gate_TF.shape[-1]):
+    if gate_TF.dim() == 2 and cpu.takes(gate_TF, gate_TF.shape[1]):
         return cpu.SwiGLU.apply(gate_TF, up_TF)  # type: ignore[return-value]
     return reference.swiglu(gate_TF, up_TF)
 
@@ -41,7 +41,7 @@ def gather_rows(x_TD: Tensor, places: Places) -> Tensor:
 
 
 def weigh_rows(y_MD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
-    if cpu.takes(y_MD, y_MD.shape[1]):
+    if weights_TK.dtype is torch.float32 and cpu.takes(y_MD, y_MD.shape[1]):
         return cpu.WeighRows.apply(y_MD, weights_TK, places.place_TK)  # type: ignore[return-value]
     return reference.weigh_rows(y_MD, weights_TK, places)
 
@@ -122,6 +122,12 @@ def causal_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, lengths: Seque
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
     """nll [T] (fp32) of each target, 0 where it is negative. Logits become scale · (softmax − onehot)."""
-    if cpu.takes(logits_TV):
+    if logits_TV.is_contiguous() and cpu.takes(logits_TV):
         return cpu.cross_entropy_(logits_TV, targets_T, scale)
     return reference.cross_entropy_(logits_TV, targets_T, scale)
+
+
+def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None, c: AdamW) -> None:
+    """One AdamW step on the fp32 master p and its moments; `weight` becomes p, rounded. None where p is the weight."""
+    step = cpu.adamw_ if cpu.takes_update(p, grad, weight) else reference.adamw_
+    step(p, m, v, grad, weight, c)

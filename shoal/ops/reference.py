@@ -65,7 +65,10 @@ def weigh_rows(y_MD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
 
 
 def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """Row block e (counts_E[e] rows) times weight e transposed: [M, F]."""
+    """Row block e (counts_E[e] rows) times weight e transposed: [M, F].
+
+    Only tests run it, against dispatch's `GroupedLinear` and `F.grouped_mm`, one of which runs on every device.
+    """
     blocks = x_MD.split(counts_E.tolist())
     return torch.cat([F.linear(x, w) for x, w in zip(blocks, weight_EFD, strict=True)])
 
@@ -85,3 +88,29 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor
     grad = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
     logits_TV.copy_(grad.mul_(scale * counted[:, None]))
     return nll_T
+
+
+class AdamW(NamedTuple):
+    """The numbers of one AdamW step. `size` and `root` correct for moments that began at zero."""
+
+    clip: float  # what the gradient is multiplied by
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    size: float  # lr / (1 − beta1ᵗ)
+    root: float  # 1 / √(1 − beta2ᵗ)
+
+
+def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None, c: AdamW) -> None:
+    """One AdamW step (arXiv 1711.05101) on the fp32 master p and its moments m, v; `weight` becomes p, rounded.
+
+    m, v ← means of g, g²    p ← p (1 − lr·decay) − size · m / (√v · root + eps)
+    """
+    g = grad.float() * c.clip
+    m.mul_(c.beta1).add_(g, alpha=1 - c.beta1)
+    v.mul_(c.beta2).addcmul_(g, g, value=1 - c.beta2)
+    p.mul_(1 - c.lr * c.decay).addcdiv_(m, (v.sqrt() * c.root).add_(c.eps), value=-c.size)
+    if weight is not None:
+        weight.copy_(p)

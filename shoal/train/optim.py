@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.model.transformer import Transformer
-from shoal.ops import cpu
+from shoal.ops import dispatch as ops
 from shoal.train.config import OptimConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # pushes singular values in (0, 1] to about 1 ± 0.3 in five steps
@@ -68,20 +68,12 @@ class Optimizer:
                 self._adamw(slot, grad, number, lr * slot.lr, clip_factor)
 
     def _adamw(self, s: Slot, grad: Tensor, number: int, lr: float, clip: float) -> None:
-        c, second = self.config, s.second
-        assert second is not None
+        c = self.config
+        assert s.second is not None
         size, root = lr / (1 - c.beta1**number), (1 - c.beta2**number) ** -0.5
-        if cpu.takes_master(s.master, grad):
-            narrow = s.weight if s.weight.dtype == torch.bfloat16 else None
-            cpu.adamw_(
-                s.master, s.first, second, grad, narrow, (clip, lr, c.beta1, c.beta2, c.eps, s.decay, size, root)
-            )
-            return
-        g = grad.float() * clip
-        s.first.mul_(c.beta1).add_(g, alpha=1 - c.beta1)
-        second.mul_(c.beta2).addcmul_(g, g, value=1 - c.beta2)
-        s.master.mul_(1 - lr * s.decay).addcdiv_(s.first, (second.sqrt() * root).add_(c.eps), value=-size)
-        self._narrow(s)
+        numbers = ops.AdamW(clip, lr, c.beta1, c.beta2, c.eps, s.decay, size, root)
+        narrow = None if s.weight.dtype == torch.float32 else s.weight
+        ops.adamw_(s.master, s.first, s.second, grad, narrow, numbers)
 
     def _muon(self, s: Slot, grad: Tensor, lr: float, clip: float) -> None:
         c, g = self.config, grad.float() * clip

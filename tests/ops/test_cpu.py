@@ -47,6 +47,12 @@ def test_swiglu_on_two_tensors_and_on_halves_of_one():
     twins(halves(dispatch.swiglu), halves(reference.swiglu), [3 * bf16(33, 96)])
 
 
+def test_swiglu_on_columns_of_wider_rows():
+    """Rows neither F nor 2F apart: gate and up are a third of one tensor each."""
+    thirds = lambda f: lambda x: f(*x.chunk(3, -1)[:2])  # noqa: E731
+    twins(thirds(dispatch.swiglu), thirds(reference.swiglu), [3 * bf16(33, 96)])
+
+
 @pytest.mark.parametrize("experts, chosen", [(8, 3), (4, 1)])
 def test_experts_rows_go_out_and_come_back(experts: int, chosen: int):
     choice = torch.rand(70, experts).topk(chosen).indices
@@ -83,6 +89,47 @@ def test_attention_keeps_large_scores_finite():
     assert relative_error(o, expected) < 1e-2
 
 
+@pytest.mark.parametrize("bad", ["q", "k"])
+def test_a_nan_shows_in_every_row_that_sees_it_and_in_no_other(bad: str):
+    inputs = {"q": bf16(200, 2, 32), "k": bf16(200, 2, 32, seed=1), "v": bf16(200, 2, 32, seed=2)}
+    for x in inputs.values():
+        x.requires_grad_()
+    inputs[bad].data[70, 1, 3] = torch.nan
+    o = dispatch.causal_attention(*inputs.values(), [130, 70], 0.2)
+    sees = torch.zeros(200, 2, dtype=torch.bool)
+    sees[slice(70, 71) if bad == "q" else slice(70, 130), 1] = True
+    assert torch.equal(o.isnan().any(-1), sees) and torch.equal(o.isnan().all(-1), sees)
+    o.sum().backward()
+    assert all(x.grad is not None and x.grad[70, 1].isnan().any() for x in (inputs["q"], inputs["k"]))
+    assert all(x.grad is not None and not x.grad[:, 0].isnan().any() for x in inputs.values())
+
+
+@pytest.mark.parametrize("vocab, place", [(64, 5), (50, 5), (50, 49)])
+def test_a_nan_among_logits_shows_in_loss_and_gradient(vocab: int, place: int):
+    logits, targets = bf16(3, vocab), torch.tensor([1, 2, 3])
+    logits[1, place] = torch.nan
+    nll = dispatch.cross_entropy_(logits, targets, 1.0)
+    assert nll.isnan().tolist() == [False, True, False]
+    assert logits.isnan().all(-1).tolist() == [False, True, False]
+
+
+def test_a_target_outside_the_vocabulary_is_refused():
+    with pytest.raises(AssertionError, match="64"):
+        dispatch.cross_entropy_(bf16(2, 64), torch.tensor([1, 64]), 1.0)
+
+
+def test_no_rows_are_no_trouble():
+    x, weight = bf16(0, 32).requires_grad_(), torch.ones(32)
+    places = dispatch.sort_by_expert(torch.empty(0, 2, dtype=torch.int64), 4)
+    rows = dispatch.gather_rows(dispatch.rms_norm(x, weight, 1e-6), places)
+    rows = dispatch.grouped_linear(dispatch.swiglu(rows, rows), bf16(4, 32, 32).requires_grad_(), places.counts_E)
+    y = dispatch.weigh_rows(rows, torch.empty(0, 2), places)
+    heads = y.view(0, 2, 16)
+    dispatch.causal_attention(heads, heads, heads, [], 1.0).sum().backward()
+    assert y.shape == (0, 32) and x.grad is not None and x.grad.shape == (0, 32)
+    assert dispatch.cross_entropy_(bf16(0, 32), torch.empty(0, dtype=torch.int64), 1.0).shape == (0,)
+
+
 @pytest.mark.parametrize("vocab", [64, 50])
 def test_cross_entropy_and_its_gradient(vocab: int):
     logits, targets = 4 * bf16(21, vocab), torch.randint(vocab, (21,))
@@ -94,7 +141,8 @@ def test_cross_entropy_and_its_gradient(vocab: int):
     assert relative_error(logits, slow) < 4e-3 and not logits[5].any()
 
 
-def test_adamw_equals_torch():
+@pytest.mark.parametrize("step_of", [cpu.adamw_, reference.adamw_])
+def test_adamw_equals_torch(step_of):
     torch.manual_seed(0)
     p = torch.randn(1003)
     theirs = torch.nn.Parameter(p.clone())
@@ -105,6 +153,7 @@ def test_adamw_equals_torch():
         theirs.grad = 0.5 * grad.float()
         optimizer.step()
         first, second = 1 - 0.9**step, 1 - 0.95**step
-        cpu.adamw_(p, m, v, grad, weight, (0.5, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.01 / first, second**-0.5))
+        numbers = dispatch.AdamW(0.5, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.01 / first, second**-0.5)
+        step_of(p, m, v, grad, weight, numbers)
     assert relative_error(p, theirs.detach()) < 1e-6
     assert torch.equal(weight, p.bfloat16())

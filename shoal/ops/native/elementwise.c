@@ -1,11 +1,12 @@
 /* The model's small operations for x86-64 CPUs with AVX512-BF16: one pass over memory each, fp32 inside.
  *
- * Matrix products stay with torch (oneDNN); attention stands in attention.c, and here what surrounds them. Every function is the twin of one in reference.py and is tested against it.
+ * Matrix products stay with torch (oneDNN); attention stands in attention.c, and here what surrounds them. Every
+ * function is the twin of one in reference.py and is tested against it.
  * Rows are split over OpenMP threads (torch's own pool); nothing is allocated but small tiles.
  */
 #include "kernels.h"
 
-/* ---- rms norm: y = x · rstd · w. Rows of x may lie `stride` apart; D is a multiple of 16. ------------------------- */
+/* ---- rms norm: y = x · rstd · w. Rows of x may lie `stride` apart; D is a multiple of 16. ------------------------ */
 
 void rms_norm_forward(const bf16 *x, i64 stride, const float *w, bf16 *y, float *rstd, i64 T, i64 D, float eps) {
 #pragma omp parallel for schedule(static)
@@ -45,7 +46,7 @@ void rms_norm_backward(const bf16 *x, i64 stride, const float *w, const float *r
     }
 }
 
-/* ---- swiglu: y = gate · σ(gate) · up. gate and up may be halves of one row: `stride` apart; F a multiple of 16. ---- */
+/* ---- swiglu: y = gate · σ(gate) · up. gate and up may be halves of one row: `stride` apart; F a multiple of 16. -- */
 
 INLINE __m512 sigmoid(__m512 x) {
     __m512 one = _mm512_set1_ps(1.0f);
@@ -61,7 +62,8 @@ void swiglu_forward(const bf16 *gate, const bf16 *up, i64 stride, bf16 *y, i64 T
         }
 }
 
-void swiglu_backward(const bf16 *gate, const bf16 *up, i64 stride, const bf16 *dy, bf16 *dgate, bf16 *dup, i64 T, i64 F) {
+void swiglu_backward(const bf16 *gate, const bf16 *up, i64 stride, const bf16 *dy, bf16 *dgate, bf16 *dup, i64 T,
+                     i64 F) {
 #pragma omp parallel for schedule(static)
     for (i64 t = 0; t < T; t++)
         for (i64 f = 0; f < F; f += 16) {
@@ -73,7 +75,7 @@ void swiglu_backward(const bf16 *gate, const bf16 *up, i64 stride, const bf16 *d
         }
 }
 
-/* ---- expert rows: weigh_rows and the backward of both ways ---------------------------------------------------------- */
+/* ---- expert rows: weigh_rows and the backward of both ways ------------------------------------------------------- */
 
 /* y_t = Σ_k w_tk · rows[place_tk]; without weights (w null) it is the backward of gather_rows. */
 void sum_rows(const bf16 *rows, const i64 *place, const float *w, bf16 *y, i64 T, i64 K, i64 D) {
@@ -103,7 +105,7 @@ void weigh_rows_backward(const bf16 *rows, const i64 *place, const float *w, con
         }
 }
 
-/* ---- cross-entropy over bf16 logits; the logits become their own gradient ------------------------------------------ */
+/* ---- cross-entropy over bf16 logits; the logits become their own gradient ---------------------------------------- */
 
 /* nll_t = logsumexp(z_t) − z_t[y_t]; z_t ← scale · (softmax(z_t) − 1[y_t]). A negative target counts nothing. */
 void cross_entropy(bf16 *logits, const i64 *targets, float scale, float *nll, i64 T, i64 V) {
@@ -139,9 +141,9 @@ void cross_entropy(bf16 *logits, const i64 *targets, float scale, float *nll, i6
     }
 }
 
-/* ---- AdamW on an fp32 master with a bf16 or fp32 gradient; the bf16 weight is written in the same pass -------------- */
+/* ---- AdamW on an fp32 master with a bf16 or fp32 gradient; the bf16 weight is written in the same pass ----------- */
 
-/* m, v ← moments of clip·g; p ← p (1 − lr·decay) − step · m / (√v · root + eps), step and root being bias corrections. */
+/* m, v ← moments of clip·g; p ← p (1 − lr·decay) − step · m / (√v · root + eps); step and root correct their bias. */
 void adamw(float *p, float *m, float *v, const void *grad, i64 grad_is_bf16, bf16 *weight, i64 n, float clip, float lr,
            float beta1, float beta2, float eps, float decay, float step, float root) {
     __m512 b1 = _mm512_set1_ps(beta1), b2 = _mm512_set1_ps(beta2), c1 = _mm512_set1_ps(1 - beta1);

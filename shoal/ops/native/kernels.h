@@ -19,9 +19,9 @@ INLINE float widen(bf16 x) {
     return v.f;
 }
 
-/* e^x to 2 ulp: x = n ln2 + r, a degree-5 polynomial in r, scaled by 2^n. */
+/* e^x to 2 ulp: x = n ln2 + r, a degree-5 polynomial in r, scaled by 2^n. NaN stays NaN. */
 INLINE __m512 exp_ps(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.3f));
+    x = _mm512_max_ps(_mm512_set1_ps(-87.3f), x); /* of a NaN and a number, max gives its second operand */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
