@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal import runtime
-from shoal.plan import hardware
 from shoal.run import RUNS, package_version
 
 FLAGS = {  # instruction set: what it is good for
@@ -50,8 +49,10 @@ def main(argv: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    chosen = runtime.setup()
-    best = machine(chosen)
+    from shoal.ops import dispatch
+    from shoal.recipes import _machine
+
+    chosen, best = _machine.look(seconds=2.5)
     disk = shutil.disk_usage(next(p for p in (RUNS.absolute(), *RUNS.absolute().parents) if p.exists()))
     memory = psutil.virtual_memory()
     return {
@@ -68,17 +69,10 @@ def examine() -> dict[str, Any]:
         "gemm_bf16_gflops": round(best.gemm_bf16_flops / 1e9, 1),
         "gemm_fp32_gflops": round(best.gemm_fp32_flops / 1e9, 1),
         "read_gb_per_s": round(best.read_bytes_per_s / 1e9, 1),
-        "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+        "compiler": shutil.which("cc"),
+        "kernels": dispatch.describe(),
         "versions": {name: package_version(name) for name in PACKAGES},
     }
-
-
-def machine(chosen: runtime.Runtime) -> hardware.Machine:
-    """This machine as plans want it, measured now; half of the time goes to bf16. Price and watts by assumption."""
-    bf16 = runtime.gemm_flops("bfloat16", chosen.device, 1.2)
-    fp32 = runtime.gemm_flops("float32", chosen.device, 0.8)
-    read = runtime.read_bytes_per_s(chosen.device, 0.5)
-    return hardware.cpu(runtime.cpu_model(), bf16, fp32, read, psutil.virtual_memory().available, chosen.threads)
 
 
 def gpu() -> dict[str, Any] | None:
@@ -104,7 +98,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
             package = f"'shoal-lm[{extra}]'" if extra else name
             found.append(f"{name} is missing ({use}): pip install {package}")
     if not facts["compiler"]:
-        found.append("no C++ compiler: torch.compile and native kernels stay off; apt install g++")
+        found.append("no C compiler, so the native kernels stay off: install one as `cc`, for instance apt install gcc")
     if facts["threads"] < facts["cores"]:
         found.append(f"only {facts['threads']} of {facts['cores']} cores are free: stop what else runs for full speed")
     if facts["memory_free_gib"] < LEAST_MEMORY_GIB:
@@ -130,6 +124,7 @@ def show(facts: dict[str, Any], missing: list[str], console: Console) -> None:
     table.add_row("products", f"{facts['gemm_bf16_gflops']:,} GFLOP/s bf16, {facts['gemm_fp32_gflops']:,} fp32")
     table.add_row("memory read", f"{facts['read_gb_per_s']} GB/s")
     table.add_row("compiler", facts["compiler"] or "none")
+    table.add_row("kernels", facts["kernels"].removeprefix("kernels: "))
     table.add_row("versions", ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v))
     console.print(table)
     for line in missing or ["nothing is missing; next: shoal quickstart --minutes 10"]:

@@ -18,6 +18,7 @@ from shoal.errors import ConfigError, RunError
 from shoal.run import Run, find, list_runs
 
 if TYPE_CHECKING:
+    from shoal.recipes import _machine
     from shoal.train.config import PretrainConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -40,25 +41,55 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nrecipes: {', '.join(recipe_names())}")
         return 0 if argv else 2
-    asked = parse(argv)
-    run = resumed(asked) if asked.resume is not None else None
-    config, origins = reconfigured(run, asked) if run else configured(asked)
+    return launch(parse(argv), ["shoal", "pretrain", *argv])
+
+
+def launch(asked: Asked, command: Sequence[str], size: bool = False) -> int:
+    """Do what was asked. `size` chooses model and batch for this machine where no flag or file does."""
+    if asked.resume is None:
+        return start(asked, command, size)
+    run = resumed(asked)
+    if asked.print_config or asked.dry_run:
+        return look_ahead(asked, *reconfigured(run, asked))
+    with run.lock():  # from reading the settings to the last line of the report
+        from shoal.cli.progress import teller
+        from shoal.recipes import _job
+
+        config, origins = reconfigured(run, asked)
+        run.write_config(config, origins)
+        return _job.run_job(config, run, teller(), resume=True)
+
+
+def start(asked: Asked, command: Sequence[str], size: bool) -> int:
+    config, origins = configured(asked)
+    if asked.print_config and not size:
+        return look_ahead(asked, config, origins)
+    from shoal.cli.progress import silent, teller
+    from shoal.recipes import _job, _machine, _plan
+
+    here, tell = None, silent() if asked.print_config else teller()
+    if size:
+        here = _machine.look(config.threads, config.seed)
+        config, origins = _plan.sized(config, origins, here, tell)
+    if asked.print_config or asked.dry_run:
+        return look_ahead(asked, config, origins, here)
+    run = Run.create(str(asked.recipe), asked.out, config, origins, command)
+    with run.lock():
+        return _job.run_job(config, run, tell, here=here)
+
+
+def look_ahead(
+    asked: Asked, config: "PretrainConfig", origins: dict[str, str], here: "_machine.Here | None" = None
+) -> int:
+    """Print the settings, or what a run would take, and make none."""
     if asked.print_config:
         print(configs.to_toml(config, origins), end="")
         return 0
-
     from shoal.cli.progress import teller
     from shoal.recipes import _job
 
-    if asked.dry_run:
-        _job.dry_run(config, teller(config))
-        return 0
-    if run:
-        with run.lock():
-            run.write_config(config, origins)
-    else:
-        run = Run.create(str(asked.recipe), asked.out, config, origins, ["shoal", "pretrain", *argv])
-    return _job.run_job(config, run, teller(config), resume=asked.resume is not None)
+    _job.dry_run(config, origins, teller(), here)
+    return 0
 
 
 def parse(argv: Sequence[str]) -> Asked:
@@ -92,12 +123,8 @@ def parse(argv: Sequence[str]) -> Asked:
 def configured(asked: Asked) -> tuple["PretrainConfig", dict[str, str]]:
     if asked.recipe is None:
         raise ConfigError("no recipe", f"one of {', '.join(recipe_names())}", "shoal pretrain RECIPE …")
-    layers = [configs.read(path) for path in asked.files]
-    flags, names = asked.flags, {flag.partition("=")[0] for flag in asked.flags}
-    for given, other in (("--minutes", "--steps"), ("--steps", "--minutes")):  # one replaces a recipe's other
-        if given in names and other not in names:
-            flags = [*flags, other, "none"]
-    return configs.load(recipe(asked.recipe), *layers, flags=flags, origin=f"recipe {asked.recipe}")
+    layers = map(configs.read, asked.files)
+    return configs.load(recipe(asked.recipe), *layers, flags=asked.flags, origin=f"recipe {asked.recipe}")
 
 
 def recipe_names() -> list[str]:

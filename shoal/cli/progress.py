@@ -2,28 +2,27 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    from shoal.recipes._job import Teller
-    from shoal.train.config import PretrainConfig
+from shoal.recipes._teller import Teller
 
 PLAIN_SECONDS = 10.0  # between two lines where nobody watches live
 BAR = 24
 
 
-def teller(config: "PretrainConfig") -> "Teller":
-    from shoal.recipes._job import Teller
-
+def teller() -> Teller:
     display = Display(live=sys.stdout.isatty())
     return Teller(display.say, display.show)
+
+
+def silent() -> Teller:
+    return Teller(lambda words: None, lambda metrics: None)
 
 
 class Display:
     def __init__(self, live: bool):
         self.live, self.last = live, 0.0
         self.score: float | None = None
-        self.first_loss: float | None = None
         self.status = None
         if live:
             from rich.console import Console
@@ -38,7 +37,7 @@ class Display:
         head, _, rest = words.partition(" ")
         self.console.print(f"[bold cyan]{head}[/] {rest}" if rest.startswith(" ") else words, soft_wrap=True)
 
-    def show(self, m: dict) -> None:
+    def show(self, m: Mapping) -> None:
         if "eval/bits_per_byte" in m:
             self.score = m["eval/bits_per_byte"]
         last, now = m["step"] == m["total_steps"], time.monotonic()
@@ -48,7 +47,7 @@ class Display:
             self.last = now
             print(line(m, self.score), flush=True)
 
-    def draw(self, m: dict) -> None:
+    def draw(self, m: Mapping) -> None:
         if self.status is None:
             from rich.live import Live
 
@@ -67,7 +66,7 @@ class Display:
             self.status = None
 
 
-def line(m: dict, score: float | None) -> str:
+def line(m: Mapping, score: float | None) -> str:
     """step 120/1480  loss 3.214  held-out 1.402 bits/byte  9,120 tokens/s  mfu 61%  load 1.4  4:12 left"""
     parts = [f"step {m['step']:>5}/{m['total_steps']:<5}", f"loss {m['train/loss']:6.3f}"]
     if score is not None:

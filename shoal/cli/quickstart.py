@@ -1,16 +1,14 @@
-"""`shoal quickstart`: a model that fits this machine and your minutes, trained, sampled and reported."""
+"""`shoal quickstart [--minutes M] [--out DIR] …`: a model that fits this machine and your minutes.
 
-import argparse
+It measures for some seconds (products, bandwidth, real steps), picks model, batch and tokens, and says why. Every flag
+of `shoal pretrain` is understood too; a model or a batch given by one is not chosen again.
+"""
 
 from shoal.cli import pretrain
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="shoal quickstart", description="A model sized for this machine and your minutes."
-    )
-    parser.add_argument("--minutes", type=float, default=10.0, help="training time, evaluation included (default 10)")
-    parser.add_argument("--out", help="the run directory to make (default: a new one under runs/)")
-    args, flags = parser.parse_known_args(argv)
-    out = ["--out", args.out] if args.out else []
-    return pretrain.main(["quickstart", "--minutes", str(args.minutes), *out, *flags])
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n--minutes is the time of training, scores on the way included (default 10)")
+        return 0
+    return pretrain.launch(pretrain.parse(["quickstart", *argv]), ["shoal", "quickstart", *argv], size=True)

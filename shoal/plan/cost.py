@@ -35,7 +35,7 @@ def account(
     tokens: int,
     seconds: float,
     machine: Machine,
-    dtype: str = "bfloat16",
+    dtype: str = "bf16",
     n_machines: int = 1,
     **more,
 ) -> Account:

@@ -29,8 +29,8 @@ class Machine:
     measured: bool = True
 
     def peak_flops(self, dtype: str) -> float:
-        """The denominator of MFU for products of "bfloat16" or "float32"."""
-        return {"bfloat16": self.gemm_bf16_flops, "float32": self.gemm_fp32_flops}[dtype]
+        """The denominator of MFU for products of "bf16" or "fp32"."""
+        return {"bf16": self.gemm_bf16_flops, "fp32": self.gemm_fp32_flops}[dtype]
 
 
 def cpu(name: str, bf16: float, fp32: float, read_bytes_per_s: float, memory_bytes: int, threads: int) -> Machine:

@@ -30,14 +30,14 @@ class Step:
 
     tokens: int
     optimizer: Literal["adamw", "muon"] = "adamw"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bf16", "fp32"] = "bf16"
     accumulates: bool = False
     recompute: bool = False
     logits_chunk: int = LOGITS_CHUNK
 
     @property
     def width(self) -> int:
-        return 2 if self.dtype == "bfloat16" else 4
+        return 2 if self.dtype == "bf16" else 4
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def in_vectors(config: ModelConfig, layer: int) -> int:
 def of_training(config: ModelConfig, step: Step) -> Bytes:
     """Bytes of one training step at its peak, before `OVERHEAD`."""
     n = numbers(config)
-    mixed = step.dtype == "bfloat16"
+    mixed = step.dtype == "bf16"
     matrices = n.hidden + n.embedding
     return Bytes(
         weights=matrices * step.width + n.vectors * 4,

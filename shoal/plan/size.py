@@ -2,12 +2,13 @@
 
 One real step is measured and everything else follows from it:
 
-    seconds = reserve + steps · (accumulation · micro_seconds + update_seconds)
+    seconds = scores + steps · (accumulation · micro_seconds + update_seconds)
 
-`reserve` is what a run does besides stepping (held-out scores, samples, checkpoints). The batch follows DeepSeek's
-own law for the best batch at a compute budget of C FLOPs, B = 0.292 · C^0.3271 tokens (DeepSeek LLM, arXiv 2401.02954,
-section 3), fitted at 1e17 and above; small budgets stretch it, so a run never takes fewer than `FEWEST_STEPS` steps
-while a batch can still be made smaller. Other models' times are foretold by scaling the measured step with their FLOPs.
+`scores` is what scoring held-out text on the way takes; what comes after the last step is not part of the minutes. The
+batch follows DeepSeek's own law for the best batch at a compute budget of C FLOPs, B = 0.292 · C^0.3271 tokens
+(DeepSeek LLM, arXiv 2401.02954, section 3), fitted at 1e17 and above; small budgets stretch it, so a run never takes
+fewer than `FEWEST_STEPS` steps while a batch can still be made smaller. Other models' times are foretold by scaling the
+measured step with their FLOPs.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from shoal.model.counts import count_parameters
 from shoal.plan import cost, flops, memory
 from shoal.plan.hardware import Machine
 
-FEWEST_STEPS = 1000
+FEWEST_STEPS = 1000  # that a batch may leave
+LEAST_STEPS = 5  # below that nothing is learned, and a run is refused
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Measured:
     micro_seconds: float
     update_seconds: float
 
+    def step_seconds(self, accumulation: int) -> float:
+        return accumulation * self.micro_seconds + self.update_seconds
+
     def scaled_to(self, model: ModelConfig) -> "Measured":
         """The same step for another model: products grow with its FLOPs, the update with its parameters."""
         work = flops.training(model, self.context).total / flops.training(self.model, self.context).total
@@ -43,56 +48,40 @@ class Measured:
 class Plan:
     """What will be done, and why, in sentences a user can check."""
 
-    steps: int
-    accumulation: int  # micro batches a step
-    batch_tokens: int
     account: cost.Account
-    memory: memory.Bytes
     why: tuple[str, ...]
 
 
 def plan(
-    measured: Measured,
-    machine: Machine,
-    minutes: float,
-    step: memory.Step,
-    reserve_seconds: float = 0.0,
-    batch_tokens: int | None = None,
+    measured: Measured, machine: Machine, minutes: float, step: memory.Step, scores: float, accumulation: int
 ) -> Plan:
-    """Fill `minutes` with training. Raises ResourceError where memory does not hold a step, or time not even one."""
+    """Fill `minutes` with training and `scores` seconds of scores. Raises ResourceError where memory does not hold a
+    step, or time not `LEAST_STEPS` of them.
+    """
     need = memory.check(measured.model, step, machine.memory_bytes)
-    seconds = minutes * 60 - reserve_seconds
-    accumulation = accumulate(measured, seconds) if batch_tokens is None else batch_tokens // measured.micro_tokens
-    assert accumulation >= 1, (batch_tokens, measured.micro_tokens)
-    step_seconds = accumulation * measured.micro_seconds + measured.update_seconds
-    steps = int(seconds / step_seconds)
-    if steps < 1:
+    seconds, each = minutes * 60 - scores, measured.step_seconds(accumulation)
+    steps = int(seconds / each)
+    if steps < LEAST_STEPS:
         raise ResourceError(
-            f"{minutes:g} minutes leave {max(seconds, 0):.0f} s for training after {reserve_seconds:.0f} s of "
-            f"evaluation and saving, and one step takes {step_seconds:.1f} s",
-            "time for at least one step",
-            f"give at least {(reserve_seconds + step_seconds) / 60:.1f} minutes, or take a smaller model",
+            f"{minutes:g} minutes leave {max(seconds, 0):.0f} s for training after {scores:.0f} s of scores on the "
+            f"way, and one step takes {each:.1f} s",
+            f"time for at least {LEAST_STEPS} steps",
+            f"give at least {(scores + LEAST_STEPS * each) / 60 + 0.01:.2f} minutes, or take a smaller model or batch",
         )
-    batch = accumulation * measured.micro_tokens
     account = cost.account(
         measured.model,
         measured.context,
-        tokens=steps * batch,
-        seconds=steps * step_seconds,
+        tokens=steps * accumulation * measured.micro_tokens,
+        seconds=scores + steps * each,
         machine=machine,
         dtype=step.dtype,
         steps=steps,
         peak_memory_bytes=int(need.total * memory.OVERHEAD),
     )
-    return Plan(steps, accumulation, batch, account, need, reasons(measured, minutes, step_seconds, reserve_seconds))
-
-
-def reasons(measured: Measured, minutes: float, step_seconds: float, reserve_seconds: float) -> tuple[str, ...]:
     micro, update = measured.micro_seconds, measured.update_seconds
     rate = f"{measured.micro_tokens:,} tokens took {micro:.2f} s here, {measured.micro_tokens / micro:,.0f} tokens/s"
-    steps = int((minutes * 60 - reserve_seconds) / step_seconds)
-    rest = f"{minutes:g} minutes less {reserve_seconds:.0f} s for evaluation, samples and checkpoints"
-    return f"{rate}; the update takes {update:.2f} s more", f"{rest} hold {steps:,} steps of {step_seconds:.2f} s"
+    rest = f"{minutes:g} minutes less {scores:.0f} s for scores on the way hold {steps:,} steps of {each:.2f} s"
+    return Plan(account, (f"{rate}; the update takes {update:.2f} s more", rest))
 
 
 def accumulate(measured: Measured, seconds: float) -> int:
@@ -112,18 +101,22 @@ def largest(
     machine: Machine,
     minutes: float,
     step: memory.Step,
-    tokens_per_parameter: float,
+    wanted: float,
 ) -> str:
-    """The name of the largest model that fits in memory and still reads enough tokens for its active parameters.
+    """The name of the largest model that fits in memory and still reads `wanted` tokens for each active parameter.
 
     Raises ResourceError where not even the smallest fits; time alone never refuses, the smallest is the answer then.
     """
     by_work = sorted(models, key=lambda name: flops.training(models[name], measured.context).total)
     memory.check(models[by_work[0]], step, machine.memory_bytes)
     for name in reversed(by_work):
-        model = models[name]
-        rate = measured.micro_tokens / measured.scaled_to(model).micro_seconds
-        fits = memory.of_training(model, step).total * memory.OVERHEAD <= machine.memory_bytes
-        if fits and minutes * 60 * rate >= tokens_per_parameter * count_parameters(model).active:
+        fits = memory.of_training(models[name], step).total * memory.OVERHEAD <= machine.memory_bytes
+        if fits and tokens_per_active(models[name], measured, minutes) >= wanted:
             return name
     return by_work[0]
+
+
+def tokens_per_active(model: ModelConfig, measured: Measured, minutes: float) -> float:
+    """Tokens that a model would read in these minutes, for each of its active parameters."""
+    rate = measured.micro_tokens / measured.scaled_to(model).step_seconds(1)
+    return minutes * 60 * rate / count_parameters(model).active

@@ -97,7 +97,7 @@ def utilisation(f: Facts) -> Chart | None:
 
 
 def acceptance(f: Facts) -> Chart | None:
-    points = over_time(f, "train/mtp_accept")
+    points = over_time(f, "eval/mtp_accept")
     if not points:
         return None
     about = "How often the token guessed one further ahead is the one the model would choose: free speed when serving."

@@ -1,11 +1,42 @@
 """What a pretraining run is asked to do. Torch-free; recipes fill it, flags and files override it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from math import inf
+from typing import Literal, NamedTuple
 
 from shoal.data.config import DataConfig
 from shoal.errors import ConfigError
 from shoal.model.config import ModelConfig
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`; an end that is `open` does not belong to it. NaN and infinity never do."""
+
+    low: float
+    high: float = inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, x: object) -> bool:
+        assert isinstance(x, int | float)
+        low = self.low < x if self.open_low else self.low <= x
+        return low and x < inf and (x < self.high if self.open_high else x <= self.high)
+
+    def __str__(self) -> str:
+        low = f"a number {'above' if self.open_low else 'from'} {self.low:g}"
+        return low + ("" if self.high == inf else f" {'to below' if self.open_high else 'to'} {self.high:g}")
+
+
+POSITIVE, NOT_NEGATIVE, AT_LEAST_ONE = Range(0, open_low=True), Range(0), Range(1)
+SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, open_high=True)
+
+
+def require(config: object, path: str, **ranges: Range) -> None:
+    """ConfigError for the first of these fields that is outside its range; None is a field not used."""
+    for name, allowed in ranges.items():
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{path}{name} = {value:g}", str(allowed), f"set --{path}{name} to such a number")
 
 
 @dataclass(frozen=True)
@@ -15,6 +46,9 @@ class BatchConfig:
     context: int = 512
     samples: int = 8
     accumulate: int = 1
+
+    def __post_init__(self):
+        require(self, "batch.", context=AT_LEAST_ONE, samples=AT_LEAST_ONE, accumulate=AT_LEAST_ONE)
 
     @property
     def tokens(self) -> int:
@@ -42,6 +76,11 @@ class OptimConfig:
     muon_rms: float = 0.2
     clip: float = 1.0
 
+    def __post_init__(self):
+        require(self, "optim.", lr=POSITIVE, embed_lr=NOT_NEGATIVE, head_lr=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE)
+        require(self, "optim.", beta1=BELOW_ONE, beta2=BELOW_ONE, momentum=BELOW_ONE, eps=POSITIVE, clip=POSITIVE)
+        require(self, "optim.", newton_schulz_steps=AT_LEAST_ONE, muon_rms=POSITIVE)
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -55,6 +94,9 @@ class ScheduleConfig:
     warmup: float = 0.01
     decay: float = 0.5
     final: float = 0.0
+
+    def __post_init__(self):
+        require(self, "schedule.", warmup=SHARE, decay=SHARE, final=SHARE)
 
 
 @dataclass(frozen=True)
@@ -72,15 +114,22 @@ class LossConfig:
     bias_speed: float = 1e-3  # γ of the router bias, until `bias_until` of the run
     bias_until: float = 0.97
 
+    def __post_init__(self):
+        require(self, "loss.", mtp_weight=NOT_NEGATIVE, mtp_final=NOT_NEGATIVE, mtp_until=SHARE, mtp_from=SHARE)
+        require(self, "loss.", balance_alpha=NOT_NEGATIVE, bias_speed=NOT_NEGATIVE, bias_until=SHARE)
+
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out text: `tokens` of it `times` in a run, `final_tokens` at the end (None: all of it)."""
+    """Held-out text: `tokens` of it after each 1/`times` of a run, at its end `final_tokens` (None: all of it)."""
 
     times: int = 10
     tokens: int = 32768
     final_tokens: int | None = None
     context: int | None = None  # None: the training context
+
+    def __post_init__(self):
+        require(self, "eval.", times=NOT_NEGATIVE, tokens=AT_LEAST_ONE, final_tokens=AT_LEAST_ONE, context=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
@@ -89,13 +138,22 @@ class CheckpointConfig:
     steps: int | None = None  # save every so many steps instead
     keep: int = 2
 
+    def __post_init__(self):
+        require(self, "checkpoint.", minutes=POSITIVE, steps=AT_LEAST_ONE, keep=AT_LEAST_ONE)
+
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    """A step whose loss or gradient is not finite, or whose loss is `spike_nats` above its running mean, is skipped."""
+    """A step is skipped whose loss or gradient is not finite, or whose loss is `spike_nats` above its running mean.
+
+    The mean is trusted from the 20th update on.
+    """
 
     spike_nats: float = 2.0
     most_skips: int = 5  # in a row, then training stops
+
+    def __post_init__(self):
+        require(self, "safety.", spike_nats=POSITIVE, most_skips=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
@@ -120,6 +178,7 @@ class PretrainConfig:
         if (self.steps is None) == (self.minutes is None):
             got = f"steps {self.steps} and minutes {self.minutes}"
             raise ConfigError(got, "one of the two", "give --steps N or --minutes M, and the other as none")
+        require(self, "", steps=AT_LEAST_ONE, minutes=POSITIVE, threads=AT_LEAST_ONE)
         if self.batch.context > self.model.max_positions:
             got = f"a context of {self.batch.context} for a model of {self.model.max_positions} positions"
             raise ConfigError(got, "batch.context at most model.max_positions", "lower one or raise the other")

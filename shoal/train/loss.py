@@ -9,17 +9,23 @@ Multi-token prediction (V3, section 2.2): loss = L_main + λ/depth · Σ_k L_k, 
 Shapes: T tokens, D model, V vocabulary.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
 
+from shoal.data.loader import Batch
+from shoal.model.attend import Packed
 from shoal.model.moe import Routes
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 
 CHUNK_BYTES = 64 << 20  # of logits at a time
 UNPREDICTED = -100
+
+Runner = Callable[..., tuple[Tensor, Routes | None]]  # runs a layer on its arguments, recomputing it for example
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -75,26 +81,36 @@ class Losses:
 
 
 def losses(
-    model: Transformer, batch, attend, n_targets: int, mtp_weight: float, balance_alpha: float, context: int, run=None
+    model: Transformer,
+    batch: Batch,
+    attend: Packed,
+    n_targets: int,
+    mtp_weight: float,
+    balance_alpha: float,
+    context: int,
+    run: Runner | None = None,
 ) -> Losses:
-    """The loss of one micro-batch, `n_targets` being the targets of the whole step. `run` runs a layer (see body)."""
+    """The loss of one micro-batch; it is a part of a step of `n_targets` targets.
+
+    `balance_alpha` is for this part: α times its share of the step's tokens. `run` runs layers and modules (see body).
+    """
     embedded_TD = model.embed(batch.tokens_T)
     h_TD, routes = model.body(embedded_TD, batch.positions_T, attend, run)
     main = linear_cross_entropy(h_TD, model.head.weight, batch.targets_T, 1 / n_targets)
     total, mtp = main, None
     if mtp_weight and len(model.mtp):
-        parts = []
+        parts, weight = [], mtp_weight / len(model.mtp)
         for k, module in enumerate(model.mtp, start=1):
-            h_TD, chosen = module(h_TD, shifted(embedded_TD, k), batch.positions_T, attend)
+            words = h_TD, shifted(embedded_TD, k), batch.positions_T, attend
+            h_TD, chosen = run(module, *words) if run else module(*words)
             routes = routes + ([chosen] if chosen else [])
             targets_T = further(batch.targets_T, batch.positions_T, k)
-            parts.append(linear_cross_entropy(h_TD, model.head.weight, targets_T, 1 / n_targets))
-        mtp = torch.stack(parts).mean()
-        total = total + mtp_weight * mtp
+            parts.append(linear_cross_entropy(h_TD, model.head.weight, targets_T, weight / n_targets))
+        weighted = torch.stack(parts).sum()
+        total, mtp = total + weighted, weighted.detach() / mtp_weight
     if balance_alpha and routes:
-        share = len(batch.tokens_T) / n_targets
-        total = total + balance_alpha * share * torch.stack([sequence_balance(r, context) for r in routes]).sum()
-    return Losses(total, main.detach(), None if mtp is None else mtp.detach(), routes)
+        total = total + balance_alpha * torch.stack([sequence_balance(r, context) for r in routes]).sum()
+    return Losses(total, main.detach(), mtp, routes)
 
 
 def shifted(embedded_TD: Tensor, k: int) -> Tensor:
@@ -124,7 +140,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / 0.6931471805599453 / max(self.n_bytes, 1)
+        return self.nats / log(2) / max(self.n_bytes, 1)
 
     @property
     def mtp_accept(self) -> float | None:
@@ -133,7 +149,7 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches, attend_of, with_mtp: bool = True) -> Score:
+def evaluate(model: Transformer, batches: Iterable[Batch], attend_of: Callable[[Sequence[int]], Packed]) -> Score:
     """Score held-out `batches`; `attend_of(lengths)` makes the attention."""
     score = Score()
     for batch in batches:
@@ -144,7 +160,7 @@ def evaluate(model: Transformer, batches, attend_of, with_mtp: bool = True) -> S
         score.nats += nll_T.sum(dtype=torch.float64).item()
         score.n_bytes += batch.n_bytes
         score.n_targets += int((batch.targets_T >= 0).sum())
-        if with_mtp and len(model.mtp):
+        if len(model.mtp):
             h_TD, _ = model.mtp[0](h_TD, shifted(embedded_TD, 1), batch.positions_T, attend)
             targets_T = further(batch.targets_T, batch.positions_T, 1)
             _, guess_T = scored(h_TD, model.head.weight, targets_T)

@@ -4,11 +4,14 @@ What the loop needs from other rooms is handed in: an open corpus, a run directo
 here), so that nothing in it depends on how a run was planned or is shown.
 """
 
+import json
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -18,15 +21,17 @@ from shoal.data.loader import Batch, Loader, eval_batches
 from shoal.errors import CheckpointError, TrainingError
 from shoal.model import hf
 from shoal.model.attend import Packed
-from shoal.run import Run
+from shoal.model.transformer import Transformer
+from shoal.run import Run, replace_text
 from shoal.train.checkpoint import Saver, newest
 from shoal.train.config import PretrainConfig
 from shoal.train.loss import Score, evaluate
-from shoal.train.step import StepResult, TrainState, train_step
+from shoal.train.step import Counters, StepResult, TrainState, train_step
 from shoal.train.stop import Stop
 
-FIRST_GUESS = 40  # steps before the clock says how many a run will have
+PACE_STEPS = 21  # the pace of late is the median of so many steps
 EVAL_TOKENS = 4096  # held-out tokens at a time
+SKIPPED = "skipped.jsonl"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ def pretrain(
     run: Run,
     corpus: Corpus,
     economy: Economy,
+    planned_steps: int | None = None,
     device: str = "cpu",
     resume: bool = False,
     show: Callable[[Mapping[str, float]], None] = lambda metrics: None,
@@ -50,35 +56,38 @@ def pretrain(
 ) -> TrainState:
     """Train until the budget is spent, or until asked to stop (then a checkpoint is left and `steps_left` is above 0).
 
-    `show` gets every logged line, `say` what a user should read. Raises TrainingError, ResourceError, CheckpointError.
+    `planned_steps` is what a run by minutes begins with, until its own pace is known. `show` gets every logged line,
+    `say` what a user should read. Raises TrainingError, ResourceError, CheckpointError.
     """
     corpus.check_vocabulary(config.model.vocab_size)
     state = TrainState(config, device)
     if resume:
         restore(state, run, say)
+    clock = begin(state, planned_steps)
     loader = training_loader(config, corpus)
     saver = Saver(run.checkpoints, model_writer(config, corpus), config.checkpoint.keep)
-    clock = Clock(state)
     saved, stall = state.counters.step, {}
     with Stop(say) as stop:
         while steps_left(state) and not stop.asked:
-            batches = next_batches(state, loader)
+            before, batches = state.counters.progress, next_batches(state, loader)
             result = train_step(state, batches)
-            clock.tick()
-            if config.minutes is not None:
-                replan(state, clock)
+            clock.stepped()
+            replan(state, clock)
             metrics = measured(state, result, batches, clock, economy)
             if result.skipped:
                 keep_evidence(state, run, batches, result, say)
-            if score_due(state):
+            if score_due(state, before):
                 metrics |= scored(state.model, corpus.val, corpus, config, config.eval.tokens)
-                clock.tick()
+                clock.went_aside()
+                replan(state, clock)
             run.log(state.counters.step, metrics | stall)  # before the save: a resumed run never lacks a line
             show({"step": state.counters.step, "total_steps": state.counters.total_steps, **metrics})
+            stop_after_too_many_skips(state, result)
             stall = {}
             if save_due(state, clock, saved):
                 saved = state.counters.step
                 stall = {"time/save_stall": save(saver, state, clock)}  # goes into the next line
+                replan(state, clock)
             saver.check()
         if saved != state.counters.step:
             save(saver, state, clock)
@@ -87,11 +96,7 @@ def pretrain(
 
 
 def steps_left(state: TrainState) -> int:
-    c, minutes = state.counters, state.config.minutes
-    if minutes is None or c.total_steps:
-        return max(0, c.total_steps - c.step)
-    c.total_steps = FIRST_GUESS
-    return FIRST_GUESS
+    return max(0, state.counters.total_steps - state.counters.step)
 
 
 def next_batches(state: TrainState, loader: Loader) -> list[Batch]:
@@ -101,37 +106,66 @@ def next_batches(state: TrainState, loader: Loader) -> list[Batch]:
 
 def training_loader(config: PretrainConfig, corpus: Corpus) -> Loader:
     b, d = config.batch, config.data
-    lengths, fim = corpus.tokenizer.byte_lengths(), corpus.tokenizer.fim_ids() if d.fim_rate else None
+    lengths, fim = corpus.tokenizer.byte_lengths(), corpus.tokenizer.fim_ids if d.fim_rate else None
     return Loader(corpus.train, lengths, b.context, b.samples, config.seed, d.mask_documents, d.fim_rate, fim)
 
 
 class Clock:
-    """Wall-clock of training over all sittings, kept in the counters; `pace` is the recent seconds a step."""
+    """Wall-clock of training over all sittings, kept in the counters, and the pace of this one.
 
-    def __init__(self, state: TrainState):
-        self.counters = state.counters
+    `seconds_per_step` is the median of late steps, so that one slow step changes no plan, and with it what a step
+    costs in scores and saves. `guess` stands for steps not seen yet.
+    """
+
+    def __init__(self, counters: Counters, guess: float | None = None):
+        self.counters = counters
         self.last = time.perf_counter()
-        self.last_save = self.counters.seconds
-        self.pace: float | None = None
-        self.step_seconds = 0.0
-        self.seen = self.counters.step
+        self.last_save = counters.seconds
+        self.recent = deque([] if guess is None else [guess] * 3, PACE_STEPS)
+        self.steps, self.aside, self.stall = 0, 0.0, 0.0
 
-    def tick(self) -> None:
+    def stepped(self) -> None:
+        self.recent.append(self._elapsed())
+        self.steps += 1
+
+    def went_aside(self) -> float:
+        """Book what a score or a save took, and return it."""
+        seconds = self._elapsed()
+        self.aside += seconds
+        return seconds
+
+    def _elapsed(self) -> float:
         now = time.perf_counter()
         elapsed, self.last = now - self.last, now
         self.counters.seconds += elapsed
-        if self.counters.step > self.seen:  # a step, not a score or a save
-            self.seen, self.step_seconds = self.counters.step, elapsed
-            self.pace = elapsed if self.pace is None else 0.9 * self.pace + 0.1 * elapsed
+        return elapsed
+
+    @property
+    def seconds_per_step(self) -> float:
+        return median(self.recent) + self.aside / max(1, self.steps)
+
+
+def begin(state: TrainState, planned_steps: int | None) -> Clock:
+    """Set how far a run goes, now that it starts or continues: as configured today, whatever a checkpoint says."""
+    c, config = state.counters, state.config
+    if config.minutes is None:
+        assert config.steps is not None
+        c.total_steps, c.progress, c.minutes = config.steps, min(1.0, c.step / config.steps), None
+        return Clock(c)
+    if c.minutes != config.minutes:  # begun now, or continued with another budget
+        c.progress, c.minutes = min(c.progress, c.seconds / 60 / config.minutes), config.minutes
+    assert c.step or planned_steps, "a run by minutes needs a plan to begin with"
+    clock = Clock(c, c.seconds / c.step if c.step else 60 * config.minutes / (planned_steps or 1))
+    replan(state, clock)
+    return clock
 
 
 def replan(state: TrainState, clock: Clock) -> None:
-    """Correct the number of steps by the clock: what is left of the minutes, at the pace of late, scores included."""
+    """By minutes: correct the number of steps by the clock, so that steps, scores and saves end with the minutes."""
     c, minutes = state.counters, state.config.minutes
-    assert minutes is not None and clock.pace is not None
-    left = minutes * 60 - c.seconds
-    overhead = c.seconds / max(c.step, 1) if c.step >= FIRST_GUESS else clock.pace
-    c.total_steps = max(c.step, c.step + int(left / max(clock.pace, overhead)))
+    if minutes is not None:
+        left = 60 * minutes - c.seconds - clock.stall
+        c.total_steps = c.step + max(0, int(left / clock.seconds_per_step + 1e-6))
 
 
 def measured(
@@ -139,7 +173,7 @@ def measured(
 ) -> dict[str, float]:
     """The metrics of one step, by their stable names."""
     c = state.counters
-    speed = sum(len(b.tokens_T) for b in batches) / clock.step_seconds
+    speed = sum(len(b.tokens_T) for b in batches) / clock.recent[-1]
     metrics = {
         "train/loss": result.loss,
         "train/grad_norm": result.grad_norm,
@@ -149,7 +183,7 @@ def measured(
         "speed/mfu": speed * economy.flops_per_token / economy.peak_flops,
         "memory/peak_gib": peak_gib(state.device),
         "time/seconds": c.seconds,
-        "time/eta": (c.total_steps - c.step) * (clock.pace or 0.0),
+        "time/eta": steps_left(state) * clock.seconds_per_step,
     }
     if result.mtp_loss is not None:
         metrics["train/mtp_loss"] = result.mtp_loss
@@ -166,37 +200,57 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def score_due(state: TrainState) -> bool:
-    """After the steps at which another 1/times of the run is over; the end is scored by whoever reports."""
-    c, times = state.counters, state.config.eval.times
-    return times > 0 and (c.step * times // c.total_steps > (c.step - 1) * times // c.total_steps)
+def score_due(state: TrainState, before: float) -> bool:
+    """Whether the step from progress `before` ended another 1/times of the run. Whoever reports scores the end."""
+    times = state.config.eval.times
+    done, passed = (int(p * times + 1e-9) for p in (before, state.counters.progress))
+    return done < passed < times
 
 
-def scored(model, split: Split, corpus: Corpus, config: PretrainConfig, tokens: int | None) -> dict[str, float]:
+def scored(
+    model: Transformer, split: Split, corpus: Corpus, config: PretrainConfig, tokens: int | None
+) -> dict[str, float]:
     """Held-out bits per byte, and how often a second token would be accepted."""
     score = held_out_score(model, split, corpus, config, tokens)
     found = {"eval/bits_per_byte": score.bits_per_byte}
-    return found if score.mtp_accept is None else found | {"train/mtp_accept": score.mtp_accept}
+    return found if score.mtp_accept is None else found | {"eval/mtp_accept": score.mtp_accept}
 
 
-def held_out_score(model, split: Split, corpus: Corpus, config: PretrainConfig, tokens: int | None) -> Score:
+def held_out_score(
+    model: Transformer, split: Split, corpus: Corpus, config: PretrainConfig, tokens: int | None
+) -> Score:
     context = config.eval.context or config.batch.context
     lengths = corpus.tokenizer.byte_lengths()
     batches = eval_batches(split, lengths, context, max(context, EVAL_TOKENS), tokens)
     return evaluate(model, batches, Packed)
 
 
-def keep_evidence(state: TrainState, run: Run, batches: list[Batch], result: StepResult, say) -> None:
-    """Write down which samples a skipped step saw, so that it can be replayed; stop after too many in a row."""
-    c, ids = state.counters, [i for b in batches for i in b.ids]
-    with open(run.logs / "skipped.jsonl", "a") as file:
-        file.write(f'{{"step": {c.step}, "samples": {ids}, "why": "{result.skipped}"}}\n')
-    say(f"step {c.step} skipped: {result.skipped}; samples {ids[0]}–{ids[-1]} are kept in logs/skipped.jsonl")
+def keep_evidence(
+    state: TrainState, run: Run, batches: list[Batch], result: StepResult, say: Callable[[str], None]
+) -> None:
+    """Write down which samples a skipped step saw, so that it can be replayed."""
+    step, ids = state.counters.step, [i for b in batches for i in b.ids]
+    with open(run.logs / SKIPPED, "a") as file:
+        file.write(json.dumps({"step": step, "samples": ids, "why": result.skipped}) + "\n")
+    say(f"step {step} skipped: {result.skipped}; samples {ids[0]}–{ids[-1]} are kept in logs/{SKIPPED}")
+
+
+def forget_evidence(run: Run, step: int) -> None:
+    """Drop what was kept past `step`, which a resumed run meets again, and a line torn by a kill."""
+    path = run.logs / SKIPPED
+    if path.exists():
+        whole = path.read_text().splitlines(keepends=True)
+        kept = [line for line in whole if line.endswith("\n") and json.loads(line)["step"] <= step]
+        replace_text(path, "".join(kept))
+
+
+def stop_after_too_many_skips(state: TrainState, result: StepResult) -> None:
+    c = state.counters
     if c.skips_in_a_row >= state.config.safety.most_skips:
         raise TrainingError(
             f"{c.skips_in_a_row} steps in a row were skipped, the last because of {result.skipped}",
             "a finite loss near its running mean",
-            "lower optim.lr, look at the samples in logs/skipped.jsonl, then --resume the last checkpoint",
+            f"lower optim.lr, look at the samples in logs/{SKIPPED}, then --resume the last checkpoint",
         )
 
 
@@ -209,11 +263,10 @@ def save_due(state: TrainState, clock: Clock, saved: int) -> bool:
 
 def save(saver: Saver, state: TrainState, clock: Clock) -> float:
     """Seconds that training stood still for it."""
-    began = time.perf_counter()
     saver.save(state.counters.step, state.model.state_dict(), state.tensors(), state.saved_counters())
-    clock.tick()
+    clock.stall = clock.went_aside()
     clock.last_save = state.counters.seconds
-    return time.perf_counter() - began
+    return clock.stall
 
 
 def model_writer(config: PretrainConfig, corpus: Corpus) -> Callable[[dict[str, Tensor], Path], None]:
@@ -238,9 +291,11 @@ def restore(state: TrainState, run: Run, say: Callable[[str], None]) -> None:
             raise CheckpointError(got, "one to continue from", "restore one, or start a new run")
         say("no checkpoint yet: starting from step 0")
         run.rewind(0)
+        forget_evidence(run, 0)
         return
     loaded = hf.load(checkpoint.path, state.model.embed.weight.dtype, state.device)
     state.model.load_state_dict(loaded.state_dict())
     state.load(checkpoint.tensors(), checkpoint.counters)
     run.rewind(checkpoint.step)
+    forget_evidence(run, checkpoint.step)
     say(f"resumed from {checkpoint.path.name}")

@@ -6,14 +6,14 @@ from shoal.train.config import LossConfig, ScheduleConfig
 
 
 def learning_rate(c: ScheduleConfig, p: float) -> float:
-    """As a share of the peak."""
-    if p < c.warmup:
+    """As a share of the peak. A warm-up of 0 is none, one of 1 is the whole run; a decay of 0 stays at the peak."""
+    if c.warmup and p <= c.warmup:
         return p / c.warmup
     if c.kind == "cosine":
         return c.final + (1 - c.final) * (1 + cos(pi * (p - c.warmup) / (1 - c.warmup))) / 2
     if c.kind == "v3":
         return _v3(c, p)
-    return 1.0 if p < 1 - c.decay else c.final + (1 - c.final) * (1 - p) / c.decay
+    return 1.0 if p <= 1 - c.decay else c.final + (1 - c.final) * (1 - p) / c.decay
 
 
 def _v3(c: ScheduleConfig, p: float) -> float:

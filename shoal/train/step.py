@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shoal.data.loader import Batch
 from shoal.model.attend import Packed
+from shoal.model.moe import Routes
 from shoal.model.transformer import Transformer
 from shoal.train import balance, optim, schedule
 from shoal.train.config import PretrainConfig
@@ -25,7 +27,9 @@ class Counters:
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of training, over all sittings
-    total_steps: int = 0
+    total_steps: int = 0  # of the whole run; a guess, corrected by the clock, where a run goes by minutes
+    progress: float = 0.0  # share of the run that is over; never falls
+    minutes: float | None = None  # of the budget that progress was reckoned with
     skips_in_a_row: int = 0
     mean_loss: float = 0.0  # running, of steps that were not skipped
 
@@ -69,17 +73,24 @@ class TrainState:
         return asdict(self.counters)
 
     @property
-    def progress(self) -> float:
-        """Share of the run that is over."""
-        return self.counters.step / self.counters.total_steps
+    def next_progress(self) -> float:
+        """Progress at the end of the coming step.
+
+        By minutes, each step covers an equal share of what is left, so a corrected number of steps moves nothing back.
+        """
+        c = self.counters
+        if self.config.steps is not None:
+            return min(1.0, (c.step + 1) / c.total_steps)
+        return c.progress + (1 - c.progress) / max(1, c.total_steps - c.step)
 
 
-def train_step(state: TrainState, batches: Sequence) -> StepResult:
+def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     """Forward and backward over the micro-batches of one step, then one update, unless something is wrong with it."""
     n_targets = sum(int((b.targets_T >= 0).sum()) for b in batches)
+    n_tokens = sum(len(b.tokens_T) for b in batches)
     parts, gradients = [], None
     for batch in batches:
-        parts.append(backward(state, batch, n_targets))
+        parts.append(backward(state, batch, n_targets, n_tokens))
         if len(batches) > 1:
             gradients = summed(state.optimizer, gradients)
     gradients = gradients or state.optimizer.gradients()
@@ -101,19 +112,20 @@ def train_step(state: TrainState, batches: Sequence) -> StepResult:
     )
 
 
-def backward(state: TrainState, batch, n_targets: int) -> Losses:
-    """Gradients of one micro-batch onto the parameters."""
+def backward(state: TrainState, batch: Batch, n_targets: int, n_tokens: int) -> Losses:
+    """Gradients of one micro-batch, a part of a step of so many targets and tokens, onto the parameters."""
     c, model = state.config, state.model
-    weight = schedule.mtp_weight(c.loss, state.progress)
+    weight = schedule.mtp_weight(c.loss, state.counters.progress)
+    alpha = c.loss.balance_alpha * len(batch.tokens_T) / n_tokens
     run = recomputed if c.recompute else None
-    part = losses(model, batch, Packed(batch.lengths), n_targets, weight, c.loss.balance_alpha, c.batch.context, run)
+    part = losses(model, batch, Packed(batch.lengths), n_targets, weight, alpha, c.batch.context, run)
     part.total.backward()
     return part
 
 
-def recomputed(layer, *args):
+def recomputed(layer: nn.Module, *args) -> tuple[Tensor, Routes | None]:
     """Run a layer, keeping only its input: its activations are rebuilt in the backward pass."""
-    return checkpoint(layer, *args, use_reentrant=False)
+    return checkpoint(layer, *args, use_reentrant=False)  # type: ignore[return-value]
 
 
 def summed(optimizer: Optimizer, sums: list[Tensor | None] | None) -> list[Tensor | None]:
@@ -127,8 +139,8 @@ def summed(optimizer: Optimizer, sums: list[Tensor | None] | None) -> list[Tenso
 
 def update_rate(state: TrainState) -> float:
     """The learning rate of this step: the schedule at the end of it, so that the first one is not zero."""
-    c, counters = state.config, state.counters
-    return c.optim.lr * schedule.learning_rate(c.schedule, (counters.step + 1) / counters.total_steps)
+    c = state.config
+    return c.optim.lr * schedule.learning_rate(c.schedule, state.next_progress)
 
 
 def update(state: TrainState, gradients: list[Tensor | None], lr: float, norm: float, loads_LE: Tensor | None) -> None:
@@ -137,14 +149,15 @@ def update(state: TrainState, gradients: list[Tensor | None], lr: float, norm: f
     clip_factor = min(1.0, c.optim.clip / (norm + 1e-6))
     state.optimizer.step(gradients, state.counters.updates, lr, clip_factor)
     if loads_LE is not None:
-        balance.move_biases(state.model, loads_LE, schedule.bias_speed(c.loss, state.progress))
+        balance.move_biases(state.model, loads_LE, schedule.bias_speed(c.loss, state.counters.progress))
 
 
-def count(state: TrainState, batches: Sequence, loss: float, skipped: str | None) -> None:
+def count(state: TrainState, batches: Sequence[Batch], loss: float, skipped: str | None) -> None:
     c = state.counters
     if skipped is None:
         c.mean_loss = loss if c.updates == 1 else 0.95 * c.mean_loss + 0.05 * loss
     c.skips_in_a_row = 0 if skipped is None else c.skips_in_a_row + 1
+    c.progress = state.next_progress
     c.step += 1
     c.samples += sum(len(b.ids) for b in batches)
     c.tokens += sum(len(b.tokens_T) for b in batches)

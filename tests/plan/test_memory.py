@@ -42,7 +42,7 @@ def test_muon_keeps_one_moment_on_the_matrices_it_moves():
 def test_fp32_weights_are_their_own_masters():
     n = memory.numbers(TINY)
     bf16 = memory.of_training(TINY, Step(64))
-    fp32 = memory.of_training(TINY, Step(64, dtype="float32"))
+    fp32 = memory.of_training(TINY, Step(64, dtype="fp32"))
     assert fp32.masters == 0 and fp32.weights == 4 * n.total
     assert bf16.weights + bf16.masters == 6 * (n.hidden + n.embedding) + 4 * n.vectors
     assert fp32.activations == 2 * bf16.activations

@@ -53,7 +53,7 @@ def metrics(steps: int, chance: random.Random):
         seconds += chance.gauss(0.405, 0.012) + (1.1 if step % 100 == 0 else 0.0)
         loss = 2.45 + 3.6 * exp(-step / 90) + 2.2 * exp(-step / 520) + chance.gauss(0, 0.07)
         line = {"step": step, "train/loss": loss, "train/mtp_loss": 1.22 * loss + 0.35 + chance.gauss(0, 0.05)}
-        line |= {"train/mtp_accept": 0.43 * (1 - exp(-step / 400)) + chance.gauss(0, 0.012)}
+        line |= {"eval/mtp_accept": 0.43 * (1 - exp(-step / 400)) + chance.gauss(0, 0.012)}
         line |= {
             "train/tokens": 4096 * step,
             "time/seconds": seconds,

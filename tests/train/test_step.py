@@ -86,7 +86,7 @@ def test_resting_multi_token_modules_cost_nothing_and_stay_put():
     assert result.mtp_loss is None
     assert all(torch.equal(after[n], before[n]) for n in before if n.startswith("mtp."))
     assert not torch.equal(after["head.weight"], before["head.weight"])
-    state.counters.step = 25
+    state.counters.step, state.counters.progress = 25, 0.5
     assert train_step(state, [batch_of([64])]).mtp_loss is not None
 
 

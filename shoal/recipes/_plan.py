@@ -1,0 +1,154 @@
+"""Before a run: what fits this machine and the minutes given, and what it will take. One real step is the measure.
+
+`sized` chooses model and batch for the quickstart; `affordable_scores` and `plan_of` serve every recipe. What a user
+set by a flag or a file is never changed.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from shoal import config as configs
+from shoal.data.corpus import Corpus, prepare
+from shoal.model.config import ModelConfig
+from shoal.model.counts import count_parameters
+from shoal.model.presets import PRESETS
+from shoal.plan import cost, memory, size
+from shoal.plan.hardware import Machine
+from shoal.recipes._machine import Here
+from shoal.recipes._teller import Teller
+from shoal.recipes.quickstart import LADDER, TOKENS_PER_ACTIVE
+from shoal.tasks.arithmetic import GENERATORS
+from shoal.train.config import PretrainConfig
+from shoal.train.pretrain import training_loader
+from shoal.train.step import TrainState, train_step
+
+SIZED = "sized for this machine"  # origin of what was chosen here
+LADDERS = {"cpu": LADDER, "cuda": ("small",)}
+SCORES_SHARE = 0.1  # of the minutes, that scores on the way may take
+
+
+def corpus_of(config: PretrainConfig, teller: Teller) -> Corpus:
+    return prepare(config.data, GENERATORS, say=lambda words: teller.say(f"text     {words}"))
+
+
+def asked(origins: Mapping[str, str], prefix: str) -> bool:
+    """Whether a flag or a file set anything under `prefix`."""
+    return any(key.startswith(prefix) and origin.startswith(("flag", "file ")) for key, origin in origins.items())
+
+
+def sized(
+    config: PretrainConfig, origins: Mapping[str, str], here: Here, teller: Teller
+) -> tuple[PretrainConfig, dict[str, str]]:
+    """The config with the largest model of the ladder, and the batch, that the minutes are enough for here."""
+    minutes = config.minutes
+    if minutes is None or (asked(origins, "model.") and asked(origins, "batch.")):
+        return config, dict(origins)
+    models = {name: PRESETS[name] for name in LADDERS[here.setup.device]}
+    choose = not asked(origins, "model.")
+    if choose and config.model not in models.values():
+        config = with_model(config, models[LADDERS[here.setup.device][0]])
+    memory.check(config.model, memory_step(config), here.machine.memory_bytes)
+    measured = timed_step(config, corpus_of(config, teller), here.setup.device)
+    if choose:
+        step = memory_step(config)
+        name = size.largest(models, measured, here.machine, minutes, step, TOKENS_PER_ACTIVE)
+        config = with_model(config, models[name])
+        teller.say(f"size     {why_model(name, models, measured, minutes)}")
+    chosen = ["model.", "data.vocab_size"] if choose else []
+    if not asked(origins, "batch."):
+        n = size.accumulate(measured.scaled_to(config.model), 60 * minutes)
+        config = replace(config, batch=replace(config.batch, accumulate=n))
+        chosen.append("batch.accumulate")
+        teller.say(f"size     {n} × {measured.micro_tokens:,} tokens a step, by the compute that the minutes hold")
+    keys = configs.flatten(config)
+    return config, {k: SIZED if k.startswith(tuple(chosen)) else origins.get(k, "default") for k in keys}
+
+
+def with_model(config: PretrainConfig, model: ModelConfig) -> PretrainConfig:
+    return replace(config, model=model, data=replace(config.data, vocab_size=model.vocab_size))
+
+
+def why_model(name: str, models: Mapping[str, ModelConfig], measured: size.Measured, minutes: float) -> str:
+    """The choice in words, with its numbers and those of the next larger model."""
+    reads = {n: size.tokens_per_active(model, measured, minutes) for n, model in models.items()}
+    larger = list(models)[list(models).index(name) + 1 :][:1]
+    words = f"{name}: in {minutes:g} minutes each of its {count_parameters(models[name]).active / 1e6:.1f}M active "
+    words += f"parameters meets about {reads[name]:.2g} tokens ({TOKENS_PER_ACTIVE:g} are wanted"
+    return words + (f", {larger[0]} would get {reads[larger[0]]:.2g})" if larger else ")")
+
+
+def memory_step(config: PretrainConfig) -> memory.Step:
+    return memory.Step(
+        tokens=config.batch.context * config.batch.samples,
+        optimizer=config.optim.matrices,
+        dtype=config.dtype,
+        accumulates=config.batch.accumulate > 1,
+        recompute=config.recompute,
+    )
+
+
+def affordable_scores(config: PretrainConfig, measured: size.Measured, origins: Mapping[str, str]) -> PretrainConfig:
+    """Fewer scores on the way where they would take more than their share of the minutes."""
+    if config.minutes is None or not config.eval.times or asked(origins, "eval."):
+        return config
+    affordable = int(SCORES_SHARE * 60 * config.minutes / score_seconds(config, measured))
+    times = min(config.eval.times, affordable + 1)  # the last one is the end's
+    return replace(config, eval=replace(config.eval, times=times))
+
+
+def score_seconds(config: PretrainConfig, measured: size.Measured) -> float:
+    """Of one score on the way: a forward pass is about a third of a step."""
+    return config.eval.tokens * measured.micro_seconds / 3 / measured.micro_tokens
+
+
+def plan_of(config: PretrainConfig, measured: size.Measured, machine: Machine, teller: Teller) -> dict[str, Any]:
+    """The predicted account, and why. Raises ResourceError where memory or minutes are too few."""
+    need = memory.check(config.model, memory_step(config), machine.memory_bytes)
+    if config.minutes is not None:
+        scores = max(0, config.eval.times - 1) * score_seconds(config, measured)
+        plan = size.plan(measured, machine, config.minutes, memory_step(config), scores, config.batch.accumulate)
+        account, why = plan.account, plan.why
+    else:
+        assert config.steps is not None
+        seconds = measured.step_seconds(config.batch.accumulate)
+        account = cost.account(
+            config.model, config.batch.context, config.steps * config.batch.tokens, config.steps * seconds,
+            machine, config.dtype, steps=config.steps, peak_memory_bytes=int(need.total * memory.OVERHEAD),
+        )  # fmt: skip
+        why = (f"{config.steps:,} steps of {config.batch.tokens:,} tokens were asked for; one took {seconds:.2f} s",)
+    counts = count_parameters(config.model)
+    teller.say(
+        f"plan     {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active; {account.steps:,} steps, "
+        f"{account.tokens / 1e6:.1f}M tokens, {account.tokens_per_second:,.0f} a second; "
+        f"memory about {need.total * memory.OVERHEAD / 2**30:.1f} of {machine.memory_bytes / 2**30:.1f} GiB"
+    )
+    return {**asdict(account), "why": list(why), "machine": asdict(machine)}
+
+
+def timed_step(config: PretrainConfig, corpus: Corpus, device: str) -> size.Measured:
+    """Steps of a throw-away model on real text: the median of three after one that warms up, and of three updates."""
+    one = replace(config.batch, accumulate=1)
+    loss = replace(config.loss, mtp_from=0.0) if config.loss.mtp_from < 0.5 else config.loss
+    trial = replace(config, batch=one, loss=loss, steps=1000, minutes=None)
+    state, loader = TrainState(trial, device), training_loader(trial, corpus)
+    steps = [seconds_of(train_step, state, [loader.batch(i * one.samples)]) for i in range(4)]
+    zeros = [torch.zeros_like(slot.weight) for slot in state.optimizer.slots]
+    updates = [seconds_of(state.optimizer.step, zeros, 5, 0.0, 1.0) for _ in range(3)]
+    update = median(updates)
+    return size.Measured(
+        config.model, one.context, one.tokens, max(median(steps[1:]) - update, 1e-4), update_seconds=update
+    )
+
+
+def seconds_of(call, *args) -> float:
+    """Until it is really done: a GPU's work is waited for."""
+    began = time.perf_counter()
+    call(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
