@@ -24,9 +24,9 @@ VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first 
 }
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
-# OpenMP threads wait for each other some 2,000 times a step. Spinning on (libgomp's default) is fine while every core is
-# ours; with one other busy process a step of 0.7 s took 8 to 12 s. After 2,000 turns a thread now sleeps instead: 0.66 s
-# alone, 1.4 s beside that process. Read by libgomp when torch is imported, so it is set before anything else.
+# OpenMP threads wait for each other some 2,000 times a step. Spinning on (libgomp's default) is fine while every core
+# is ours; beside one other busy process a step of 0.7 s took 8 to 12 s. After 2,000 turns a thread now sleeps instead:
+# 0.66 s alone, 1.4 s beside that process. libgomp reads this when torch is imported, so it is set before anything else.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
