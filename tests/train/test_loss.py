@@ -96,3 +96,14 @@ def test_acceptance_counts_guesses_that_equal_the_models_own_next_choice():
     assert score.agreed == sum(int(guess[t] == best[t + 1]) for t in drafted)
     nats = F.cross_entropy(model.head(h), batch.targets_T, reduction="sum").item()
     assert score.nats == pytest.approx(nats, rel=1e-4)
+
+
+def test_layers_and_modules_alike_are_run_by_the_runner():
+    model, batch, ran = Transformer(replace(TINY, n_mtp=2)).init_weights(0), batch_of([20, 12]), []
+
+    def run(layer, *args):
+        ran.append(layer)
+        return layer(*args)
+
+    losses(model, batch, Packed(batch.lengths), 30, 0.3, 0.0, 32, run)
+    assert ran == [*model.layers, *model.mtp]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from shoal.model.presets import PRESETS
+from shoal.train import loss
 from shoal.train.balance import max_over_mean, routers
 from shoal.train.config import BatchConfig, LossConfig, OptimConfig, PretrainConfig
-from shoal.train.step import TrainState, train_step
+from shoal.train.step import TrainState, backward, train_step
 from tests.train.batches import batch_of
 
 CONFIG = PretrainConfig(
@@ -113,3 +114,14 @@ def test_tensors_and_counters_carry_a_run_over_bit_for_bit():
             assert (a.loss, a.grad_norm) == (b.loss, b.grad_norm)
         expected = weights(first)
         assert all(torch.equal(value, expected[name]) for name, value in weights(second).items())
+
+
+def test_balance_is_weighed_by_tokens_and_not_by_targets(monkeypatch):
+    """Of two micro-batches of equal length, the one with few targets is worth half the balance loss all the same."""
+    monkeypatch.setattr(loss, "sequence_balance", lambda routes, context: torch.ones(()))
+    state = TrainState(replace(CONFIG, loss=LossConfig(mtp_weight=0.0, balance_alpha=0.5)), "cpu")
+    few, many = batch_of([32, 32]), batch_of([32, 32])
+    few.targets_T[8:] = -100
+    parts = [backward(state, batch, n_targets=70, n_tokens=128) for batch in (few, many)]
+    weighed = [(part.total - part.main).item() for part in parts]
+    assert weighed == pytest.approx([0.25 * len(parts[0].routes)] * 2)

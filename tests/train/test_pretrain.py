@@ -1,0 +1,197 @@
+"""The loop around the steps: how far a run goes, what it looks at on the way, what it leaves when it must stop."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from shoal.data.config import DataConfig
+from shoal.data.corpus import Corpus, prepare
+from shoal.errors import ConfigError, TrainingError
+from shoal.model.presets import PRESETS
+from shoal.run import Run
+from shoal.tasks.arithmetic import GENERATORS
+from shoal.train import pretrain as loop
+from shoal.train import step as steps
+from shoal.train.config import (
+    BatchConfig,
+    CheckpointConfig,
+    EvalConfig,
+    LossConfig,
+    OptimConfig,
+    PretrainConfig,
+    SafetyConfig,
+    ScheduleConfig,
+)
+from shoal.train.pretrain import Clock, Economy, begin, pretrain, replan, score_due, steps_left, training_loader
+from shoal.train.schedule import learning_rate
+from shoal.train.step import Counters, TrainState, update_rate
+
+TINY = PretrainConfig(PRESETS["tiny"], batch=BatchConfig(context=32, samples=2), dtype="fp32", steps=50)
+BY_MINUTES = replace(TINY, steps=None, minutes=10.0)
+
+
+class State:
+    """A run's place without a model."""
+
+    def __init__(self, config: PretrainConfig, **counters):
+        self.config, self.counters = config, Counters(**counters)
+
+    next_progress = TrainState.next_progress
+
+    def step(self) -> None:
+        self.counters.progress, self.counters.step = self.next_progress, self.counters.step + 1
+
+
+class Time:
+    """A clock that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        monkeypatch.setattr(loop.time, "perf_counter", lambda: self.now)
+
+
+def run_through(state: State, clock: Clock, time: Time, seconds_of_step, score: float, save: float) -> list[float]:
+    """The loop without its work; progress after every step. A score at each tenth, a save every 200 steps."""
+    seen = []
+    while steps_left(state):
+        before = state.counters.progress
+        state.step()
+        time.now += seconds_of_step(state.counters.step)
+        clock.stepped()
+        replan(state, clock)
+        if score_due(state, before):
+            time.now += score
+            clock.went_aside()
+            replan(state, clock)
+        if state.counters.step % 200 == 0:
+            time.now += save
+            clock.stall = clock.went_aside()
+            replan(state, clock)
+        seen.append(state.counters.progress)
+    time.now += save
+    clock.went_aside()
+    return seen
+
+
+def test_the_first_step_by_minutes_is_warmed_up():
+    state = State(BY_MINUTES)
+    begin(state, planned_steps=1500)
+    assert state.counters.total_steps == 1500
+    assert update_rate(state) == pytest.approx(BY_MINUTES.optim.lr / 15)  # the first of 15 steps of warm-up
+
+
+@pytest.mark.parametrize("planned", [700, 1500, 3000])
+def test_minutes_hold_steps_scores_and_saves_whatever_was_planned(planned, monkeypatch):
+    time, state = Time(monkeypatch), State(BY_MINUTES)
+    clock = begin(state, planned)
+    progress = run_through(state, clock, time, lambda n: 20.0 if n == 300 else 0.4, score=3.0, save=1.0)
+    assert 598 <= state.counters.seconds <= 600
+    assert progress == sorted(progress) and progress[-1] > 0.99
+    assert max(b - a for a, b in pairwise(progress) if b < 0.98) < 3 / len(progress)
+
+
+def test_one_slow_step_takes_only_its_own_time_from_the_plan(monkeypatch):
+    time, state = Time(monkeypatch), State(BY_MINUTES)
+    clock = begin(state, 1500)
+    totals = []
+    for seconds in [0.4] * 3 + [8.0] + [0.4] * 3:
+        state.step()
+        time.now += seconds
+        clock.stepped()
+        replan(state, clock)
+        totals.append(state.counters.total_steps)
+    assert totals[:3] == [1500] * 3
+    assert all(abs(total - (1500 - 7.6 / 0.4)) <= 1 for total in totals[3:])
+
+
+def test_a_resumed_run_goes_as_far_as_it_is_asked_now():
+    at = {"step": 20, "total_steps": 20, "progress": 1.0, "seconds": 60.0}
+    state = State(replace(TINY, steps=40), **at)
+    begin(state, None)
+    assert (steps_left(state), state.counters.progress) == (20, 0.5)
+    state = State(replace(BY_MINUTES, minutes=4.0), **at, minutes=1.0)
+    begin(state, None)
+    assert (steps_left(state), state.counters.progress) == (60, 0.25)
+    state = State(replace(BY_MINUTES, minutes=1.0), **at, minutes=1.0)
+    begin(state, None)
+    assert (steps_left(state), state.counters.progress) == (0, 1.0)
+
+
+@pytest.mark.parametrize("config", [replace(TINY, steps=57), replace(BY_MINUTES, minutes=0.5)])
+@pytest.mark.parametrize("times", [0, 1, 4, 10])
+def test_every_part_of_a_run_is_scored_once_and_its_end_is_not(config, times, monkeypatch):
+    time, state = Time(monkeypatch), State(replace(config, eval=EvalConfig(times=times)))
+    clock, scores = begin(state, 70), 0
+    while steps_left(state):
+        before = state.counters.progress
+        state.step()
+        time.now += 0.5 if state.counters.step % 7 else 1.0
+        clock.stepped()
+        replan(state, clock)
+        scores += score_due(state, before)
+    assert scores == max(0, times - 1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    config = DataConfig(("worked-arithmetic:200",), vocab_size=512)
+    return prepare(config, GENERATORS, tmp_path_factory.mktemp("corpus") / "made")
+
+
+def test_a_loader_for_filling_in_the_middle(corpus):
+    plain, rearranged = (
+        training_loader(replace(TINY, data=DataConfig(fim_rate=rate)), corpus).batch(0) for rate in (0.0, 1.0)
+    )
+    assert corpus.tokenizer.fim_ids.begin in rearranged.tokens_T and plain.lengths == rearranged.lengths
+
+
+def test_the_step_that_ends_a_run_is_on_record_and_a_resumed_run_repeats_no_evidence(corpus, tmp_path, monkeypatch):
+    config = replace(TINY, safety=SafetyConfig(most_skips=2), checkpoint=CheckpointConfig(steps=4), eval=EvalConfig(0))
+    run = Run.create("tiny", tmp_path / "run", config, {}, ["shoal"])
+    monkeypatch.setattr(steps, "fault", lambda state, loss, norm: 'a "bad" one' if state.counters.step >= 3 else None)
+    for resume in (False, True):
+        with pytest.raises(TrainingError, match="2 steps in a row"):
+            pretrain(config, run, corpus, Economy(1.0, 1.0), resume=resume)
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5]
+        kept = [json.loads(line) for line in (run.logs / "skipped.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in kept] == [4, 5] and kept[1]["why"] == 'a "bad" one'
+        assert kept[1]["samples"] == [8, 9]
+
+
+@pytest.mark.parametrize(
+    "make, key",
+    [
+        (lambda: BatchConfig(context=0), "batch.context"),
+        (lambda: BatchConfig(accumulate=0), "batch.accumulate"),
+        (lambda: OptimConfig(lr=float("nan")), "optim.lr"),
+        (lambda: OptimConfig(lr=float("inf")), "optim.lr"),
+        (lambda: OptimConfig(beta2=1.0), "optim.beta2"),
+        (lambda: OptimConfig(clip=0.0), "optim.clip"),
+        (lambda: ScheduleConfig(warmup=1.5), "schedule.warmup"),
+        (lambda: ScheduleConfig(decay=-0.1), "schedule.decay"),
+        (lambda: LossConfig(mtp_weight=-1), "loss.mtp_weight"),
+        (lambda: LossConfig(bias_until=2), "loss.bias_until"),
+        (lambda: EvalConfig(tokens=0), "eval.tokens"),
+        (lambda: CheckpointConfig(keep=0), "checkpoint.keep"),
+        (lambda: CheckpointConfig(minutes=0.0), "checkpoint.minutes"),
+        (lambda: SafetyConfig(spike_nats=0.0), "safety.spike_nats"),
+        (lambda: SafetyConfig(most_skips=0), "safety.most_skips"),
+        (lambda: replace(TINY, steps=0), "steps"),
+        (lambda: replace(BY_MINUTES, minutes=-1.0), "minutes"),
+    ],
+)
+def test_settings_out_of_range_are_named(make, key):
+    with pytest.raises(ConfigError) as e:
+        make()
+    assert e.value.got.startswith(f"{key} = ") and f"--{key}" in e.value.fix
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine", "v3"])
+@pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_schedules_hold_at_their_extremes(kind, warmup, decay):
+    rates = [learning_rate(ScheduleConfig(kind, warmup, decay), p / 100) for p in range(1, 101)]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert rates[-1] == 1.0 if warmup == 1 else warmup == 0 or rates[29] == 1.0
