@@ -1,4 +1,4 @@
-"""What attends to what. A model hands its projections to one of these; it never knows which.
+"""What attends to what. A model hands its projections to an `Attend`; it never knows which.
 
 `Packed` trains: documents lie end to end, each token sees the earlier tokens of its own segment, keys are rebuilt by
 *calling* the up-projection, so gradients and 8-bit leaves apply. `Absorbed` is the arithmetic that decoding from a
@@ -9,12 +9,34 @@ Shapes: T tokens, H heads, G key-value heads, K query dims, N nope, R rope, V va
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shoal.model.layers import Linear
 from shoal.ops import dispatch as ops
+
+
+class Attend(Protocol):
+    """The seam. `layer` is for those that keep something of each layer, a cache for example."""
+
+    def latent(
+        self,
+        layer: int,
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        c_TC: Tensor,
+        k_rope_TR: Tensor,
+        up: Linear,
+        scale: float,
+    ) -> Tensor:
+        """softmax(scale · (q_nope · k_nope + q_rope · k_rope)) v [T, H, V], where every head's k_nope, v = up(c)."""
+        ...
+
+    def heads(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float) -> Tensor:
+        """softmax(scale · q kᵀ) v [T, H, V], each of G key-value heads serving H / G query heads."""
+        ...
 
 
 class Packed:
@@ -44,8 +66,8 @@ class Packed:
         return ops.causal_attention(q_THK, k_TGK, v_TGV, self.lengths, scale)
 
 
-class Absorbed:
-    """One segment, scores in the latent: (W_upᵀ q)·c + q_rope·k_rope. The twin that a paged cache is tested against."""
+class Absorbed(Packed):
+    """Scores in the latent: (W_upᵀ q) · c + q_rope · k_rope. The slow twin of attention over a latent cache."""
 
     def latent(
         self,
@@ -57,11 +79,11 @@ class Absorbed:
         up: Linear,
         scale: float,
     ) -> Tensor:
-        T, H, N = q_nope_THN.shape
+        H, N = q_nope_THN.shape[1:]
         up_k_HNC, up_v_HVC = up.weight.unflatten(0, (H, -1)).tensor_split([N], dim=1)
         q_THC = torch.einsum("thn,hnc->thc", q_nope_THN, up_k_HNC)
         scores_HTS = torch.einsum("thc,sc->hts", q_THC, c_TC) + torch.einsum("thr,sr->hts", q_rope_THR, k_rope_TR)
-        future = torch.ones(T, T, dtype=torch.bool, device=c_TC.device).triu(1)
-        p_HTS = (scores_HTS * scale).masked_fill(future, -torch.inf).softmax(-1, dtype=torch.float32).type_as(c_TC)
+        seen_TS = torch.block_diag(*(torch.ones(n, n, device=c_TC.device) for n in self.lengths)).tril().bool()
+        p_HTS = (scores_HTS * scale).masked_fill(~seen_TS, -torch.inf).softmax(-1, dtype=torch.float32).type_as(c_TC)
         o_THC = torch.einsum("hts,sc->thc", p_HTS, c_TC)
         return torch.einsum("thc,hvc->thv", o_THC, up_v_HVC)

@@ -5,6 +5,7 @@ Shapes: T tokens, D model.
 
 from torch import Tensor, nn
 
+from shoal.model.attend import Attend
 from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.gqa import GroupedAttention
 from shoal.model.layers import RMSNorm, SwiGLU
@@ -22,10 +23,11 @@ class Block(nn.Module):
         latent = isinstance(config.attention, MLAConfig)
         self.attn = LatentAttention(config, layer) if latent else GroupedAttention(config, layer)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = MoE(config) if config.is_moe(layer) else SwiGLU(config.dim, config.hidden_dim)
+        self.is_moe = config.is_moe(layer)
+        self.ffn = MoE(config) if self.is_moe else SwiGLU(config.dim, config.hidden_dim)
 
-    def forward(self, x_TD: Tensor, rope: Angles, attend) -> tuple[Tensor, Routes | None]:
+    def forward(self, x_TD: Tensor, rope: Angles, attend: Attend) -> tuple[Tensor, Routes | None]:
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope, attend)
-        y = self.ffn(self.ffn_norm(x_TD))
-        y_TD, routes = y if isinstance(y, tuple) else (y, None)
+        h_TD = self.ffn_norm(x_TD)
+        y_TD, routes = self.ffn(h_TD) if self.is_moe else (self.ffn(h_TD), None)
         return x_TD + y_TD, routes

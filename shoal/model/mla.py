@@ -13,6 +13,7 @@ Shapes: T tokens, D model, H heads, C latent, N nope, R rope, V value dims.
 
 from torch import Tensor, nn
 
+from shoal.model.attend import Attend
 from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.layers import Linear, RMSNorm
 from shoal.model.rope import Angles
@@ -39,7 +40,7 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(a.kv_lora_rank, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim))
         self.out = Linear(a.n_heads * a.v_head_dim, config.dim)
 
-    def forward(self, x_TD: Tensor, rope: Angles, attend) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Angles, attend: Attend) -> Tensor:
         a = self.a
         q_TQ = self.q(x_TD) if a.q_lora_rank is None else self.q_up(self.q_norm(self.q_down(x_TD)))
         q_THK = q_TQ.unflatten(-1, (a.n_heads, -1))

@@ -12,6 +12,7 @@ Shapes: T tokens, D model.
 import torch
 from torch import Tensor, nn
 
+from shoal.model.attend import Attend
 from shoal.model.block import Block
 from shoal.model.config import ModelConfig
 from shoal.model.layers import Linear, RMSNorm
@@ -29,7 +30,9 @@ class MTP(nn.Module):
         self.block = Block(config, config.n_layers + depth)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, h_TD: Tensor, next_embed_TD: Tensor, positions_T: Tensor, attend) -> tuple[Tensor, Routes | None]:
+    def forward(
+        self, h_TD: Tensor, next_embed_TD: Tensor, positions_T: Tensor, attend: Attend
+    ) -> tuple[Tensor, Routes | None]:
         """`next_embed_TD` embeds each token's successor (k ahead). The result is normed, ready for the model's head."""
         both = torch.cat([self.embed_norm(next_embed_TD), self.hidden_norm(h_TD)], -1)
         h_TD, routes = self.block(self.proj(both), angles(positions_T, self.config), attend)

@@ -6,15 +6,20 @@ of experts. There is no batch dimension, no cache and no `if training`: `attend`
 Shapes: T tokens, D model, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from shoal.model.attend import Attend
 from shoal.model.block import Block
 from shoal.model.config import ModelConfig
 from shoal.model.layers import Embedding, Linear, RMSNorm
 from shoal.model.moe import Router, Routes
 from shoal.model.mtp import MTP
-from shoal.model.rope import angles
+from shoal.model.rope import Angles, angles
+
+Run = Callable[[nn.Module, Tensor, Angles, Attend], tuple[Tensor, Routes | None]]
 
 
 class Transformer(nn.Module):
@@ -31,7 +36,9 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.mtp = nn.ModuleList(MTP(config, k) for k in range(config.n_mtp))
 
-    def body(self, h_TD: Tensor, positions_T: Tensor, attend, run=None) -> tuple[Tensor, list[Routes]]:
+    def body(
+        self, h_TD: Tensor, positions_T: Tensor, attend: Attend, run: Run | None = None
+    ) -> tuple[Tensor, list[Routes]]:
         """All layers and the final norm; what each mixture's router chose, in layer order.
 
         `run(layer, h_TD, rope, attend)` runs a layer some other way, recomputing its activations for example.
@@ -42,7 +49,7 @@ class Transformer(nn.Module):
             chosen += [routes] if routes else []
         return self.norm(h_TD), chosen
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend) -> Tensor:
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         h_TD, _ = self.body(self.embed(tokens_T), positions_T, attend)
         return self.head(h_TD)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from shoal.model.moe import Experts
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 from shoal.train.config import OptimConfig
@@ -27,12 +28,16 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # pushes singular values in (0, 1] to
 
 @dataclass
 class Slot:
-    """One parameter with its master and moments. `muon` tells its rule; `lr` multiplies the run's rate."""
+    """One parameter with its master and moments. `muon` tells its rule; `lr` multiplies the run's rate.
+
+    `paired`: each matrix is two, one above the other, and Muon turns each on its own.
+    """
 
     name: str
     weight: nn.Parameter
     master: Tensor
     muon: bool
+    paired: bool
     lr: float
     decay: float
     first: Tensor  # momentum of Muon, first moment of AdamW
@@ -42,9 +47,10 @@ class Slot:
 class Optimizer:
     def __init__(self, model: Transformer, config: OptimConfig):
         self.config = config
-        self.slots = [self._slot(name, p) for name, p in model.named_parameters()]
+        gates_and_ups = {id(m.gate_up) for m in model.modules() if isinstance(m, Experts)}
+        self.slots = [self._slot(name, p, id(p) in gates_and_ups) for name, p in model.named_parameters()]
 
-    def _slot(self, name: str, p: nn.Parameter) -> Slot:
+    def _slot(self, name: str, p: nn.Parameter, paired: bool) -> Slot:
         c = self.config
         ends = {"embed.weight": c.embed_lr, "head.weight": c.head_lr}
         inner = p.dim() >= 2 and name not in ends and not name.endswith("router.weight")
@@ -52,7 +58,7 @@ class Optimizer:
         master = p.data if p.dtype == torch.float32 else p.data.float()
         second = None if muon else torch.zeros_like(master)
         decay = c.weight_decay if p.dim() >= 2 else 0.0
-        return Slot(name, p, master, muon, ends.get(name, 1.0), decay, torch.zeros_like(master), second)
+        return Slot(name, p, master, muon, paired, ends.get(name, 1.0), decay, torch.zeros_like(master), second)
 
     def gradients(self) -> list[Tensor | None]:
         """As backward left them, one for each slot; None for a parameter that took no part."""
@@ -79,7 +85,7 @@ class Optimizer:
         c, g = self.config, grad.float() * clip
         s.first.mul_(c.momentum).add_(g)
         u = g.add_(s.first, alpha=c.momentum)
-        matrices = u.unflatten(1, (2, -1)) if s.name.endswith("gate_up") else u  # gate and up are two matrices
+        matrices = u.unflatten(1, (2, -1)) if s.paired else u
         u = orthogonal(matrices, c.newton_schulz_steps).reshape(u.shape)
         size = c.muon_rms * max(matrices.shape[-2:]) ** 0.5
         s.master.mul_(1 - lr * s.decay).add_(u, alpha=-lr * size)

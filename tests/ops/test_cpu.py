@@ -91,17 +91,15 @@ def test_attention_keeps_large_scores_finite():
 
 @pytest.mark.parametrize("bad", ["q", "k"])
 def test_a_nan_shows_in_every_row_that_sees_it_and_in_no_other(bad: str):
-    inputs = {"q": bf16(200, 2, 32), "k": bf16(200, 2, 32, seed=1), "v": bf16(200, 2, 32, seed=2)}
-    for x in inputs.values():
-        x.requires_grad_()
-    inputs[bad].data[70, 1, 3] = torch.nan
-    o = dispatch.causal_attention(*inputs.values(), [130, 70], 0.2)
+    q, k, v = (bf16(200, 2, 32, seed=seed).requires_grad_() for seed in range(3))
+    (q if bad == "q" else k).data[70, 1, 3] = torch.nan
+    o = dispatch.causal_attention(q, k, v, [130, 70], 0.2)
     sees = torch.zeros(200, 2, dtype=torch.bool)
     sees[slice(70, 71) if bad == "q" else slice(70, 130), 1] = True
     assert torch.equal(o.isnan().any(-1), sees) and torch.equal(o.isnan().all(-1), sees)
     o.sum().backward()
-    assert all(x.grad is not None and x.grad[70, 1].isnan().any() for x in (inputs["q"], inputs["k"]))
-    assert all(x.grad is not None and not x.grad[:, 0].isnan().any() for x in inputs.values())
+    assert all(x.grad is not None and x.grad[70, 1].isnan().any() for x in (q, k))
+    assert all(x.grad is not None and not x.grad[:, 0].isnan().any() for x in (q, k, v))
 
 
 @pytest.mark.parametrize("vocab, place", [(64, 5), (50, 5), (50, 49)])
