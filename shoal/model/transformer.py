@@ -21,6 +21,8 @@ from shoal.model.rope import Angles, angles
 
 Run = Callable[[nn.Module, Tensor, Angles, Attend], tuple[Tensor, Routes | None]]
 
+WRITERS = ("attn.out.weight", ".down.weight", "experts.down")  # into the residual stream
+
 
 class Transformer(nn.Module):
     """`model(tokens_T, positions_T, attend)` → logits [T, V] in the weights' dtype."""
@@ -62,16 +64,21 @@ class Transformer(nn.Module):
         return self
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> "Transformer":
-        """Norms at one, router biases and vectors at zero, every matrix normal with `init_std`."""
+    def init_weights(self, seed: int, embed_std: float | None = None, out_std: float | None = None) -> "Transformer":
+        """Norms at one, router biases and vectors at zero, every matrix normal with the config's `init_std`.
+
+        `embed_std` and `out_std` are for the embedding and for the matrices that write into the residual stream.
+        """
         generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
+        std = self.config.init_std
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
             elif p.dim() == 1:
                 p.zero_()
             else:
-                p.normal_(0.0, self.config.init_std, generator=generator)
+                special = embed_std if name == "embed.weight" else out_std if name.endswith(WRITERS) else None
+                p.normal_(0.0, std if special is None else special, generator=generator)
         for module in self.modules():
             if isinstance(module, Router):
                 module.bias.zero_()

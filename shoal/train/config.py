@@ -100,6 +100,14 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Deviations from the model's `init_std`: of the embedding, and of what writes into the residual stream."""
+
+    embed_std: float | None = None
+    out_std: float | None = None
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Weights beside the next-token loss (V3, section 4.2). λ is `mtp_weight` until `mtp_until`, then `mtp_final`.
 
@@ -161,6 +169,7 @@ class PretrainConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
