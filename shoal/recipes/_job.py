@@ -129,12 +129,12 @@ def planned(
 def plan_here(
     config: PretrainConfig, origins: Mapping[str, str], corpus: Corpus, here: Here, teller: Teller
 ) -> tuple[PretrainConfig, dict]:
-    memory.check(config.model, _plan.memory_step(config), here.machine.memory_bytes)
+    memory.check(config.model, _plan.memory_step(config, here.setup.device), here.machine.memory_bytes)
     measured = _plan.timed_step(config, corpus, here.setup.device)
     fitted = _plan.affordable_scores(config, measured, origins)
     if fitted != config:
         teller.say(f"scores   {fitted.eval.times} times instead of {config.eval.times}, for lack of time")
-    return fitted, _plan.plan_of(fitted, measured, here.machine, teller)
+    return fitted, _plan.plan_of(fitted, measured, here, teller)
 
 
 def economy_of(config: PretrainConfig, machine: hardware.Machine) -> Economy:

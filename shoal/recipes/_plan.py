@@ -18,7 +18,6 @@ from shoal.model.config import ModelConfig
 from shoal.model.counts import count_parameters
 from shoal.model.presets import PRESETS
 from shoal.plan import cost, memory, size
-from shoal.plan.hardware import Machine
 from shoal.recipes._machine import Here
 from shoal.recipes._teller import Teller
 from shoal.recipes.quickstart import LADDER, TOKENS_PER_ACTIVE
@@ -52,10 +51,10 @@ def sized(
     choose = not asked(origins, "model.")
     if choose and config.model not in models.values():
         config = with_model(config, models[LADDERS[here.setup.device][0]])
-    memory.check(config.model, memory_step(config), here.machine.memory_bytes)
+    memory.check(config.model, memory_step(config, here.setup.device), here.machine.memory_bytes)
     measured = timed_step(config, corpus_of(config, teller), here.setup.device)
     if choose:
-        step = memory_step(config)
+        step = memory_step(config, here.setup.device)
         name = size.largest(models, measured, here.machine, minutes, step, TOKENS_PER_ACTIVE)
         config = with_model(config, models[name])
         teller.say(f"size     {why_model(name, models, measured, minutes)}")
@@ -82,13 +81,14 @@ def why_model(name: str, models: Mapping[str, ModelConfig], measured: size.Measu
     return words + (f", {larger[0]} would get {reads[larger[0]]:.2g})" if larger else ")")
 
 
-def memory_step(config: PretrainConfig) -> memory.Step:
+def memory_step(config: PretrainConfig, device: str) -> memory.Step:
     return memory.Step(
         tokens=config.batch.context * config.batch.samples,
         optimizer=config.optim.matrices,
         dtype=config.dtype,
         accumulates=config.batch.accumulate > 1,
         recompute=config.recompute,
+        device="cuda" if device == "cuda" else "cpu",
     )
 
 
@@ -106,12 +106,13 @@ def score_seconds(config: PretrainConfig, measured: size.Measured) -> float:
     return config.eval.tokens * measured.micro_seconds / 3 / measured.micro_tokens
 
 
-def plan_of(config: PretrainConfig, measured: size.Measured, machine: Machine, teller: Teller) -> dict[str, Any]:
+def plan_of(config: PretrainConfig, measured: size.Measured, here: Here, teller: Teller) -> dict[str, Any]:
     """The predicted account, and why. Raises ResourceError where memory or minutes are too few."""
-    need = memory.check(config.model, memory_step(config), machine.memory_bytes)
+    machine, step = here.machine, memory_step(config, here.setup.device)
+    need = memory.check(config.model, step, machine.memory_bytes)
     if config.minutes is not None:
         scores = max(0, config.eval.times - 1) * score_seconds(config, measured)
-        plan = size.plan(measured, machine, config.minutes, memory_step(config), scores, config.batch.accumulate)
+        plan = size.plan(measured, machine, config.minutes, step, scores, config.batch.accumulate)
         account, why = plan.account, plan.why
     else:
         assert config.steps is not None

@@ -78,7 +78,7 @@ def test_scores_on_the_way_take_a_tenth_of_the_minutes_unless_asked_for(two_core
     fitted = _plan.affordable_scores(config, measured, origins)
     taken = (fitted.eval.times - 1) * _plan.score_seconds(fitted, measured)
     assert taken <= 3 < taken + _plan.score_seconds(fitted, measured)
-    assert _plan.plan_of(fitted, measured, MACHINE, teller)["steps"] > size.LEAST_STEPS
+    assert _plan.plan_of(fitted, measured, HERE, teller)["steps"] > size.LEAST_STEPS
     assert _plan.affordable_scores(config, measured, origins | {"eval.times": "flag"}) == config
     hours = replace(config, minutes=600.0)
     assert _plan.affordable_scores(hours, measured, origins) == hours
@@ -88,7 +88,7 @@ def test_minutes_for_fewer_than_five_steps_are_refused(two_cores, teller):
     config, origins = verb.configured(verb.parse(["quickstart", "--minutes", "0.03"]))
     measured = _plan.timed_step(config, None, "cpu")
     with pytest.raises(ResourceError, match="at least 5 steps"):
-        _plan.plan_of(_plan.affordable_scores(config, measured, origins), measured, MACHINE, teller)
+        _plan.plan_of(_plan.affordable_scores(config, measured, origins), measured, HERE, teller)
 
 
 @pytest.fixture

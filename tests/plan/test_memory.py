@@ -113,3 +113,17 @@ def test_activations_are_those_autograd_keeps(config):
 def test_accumulated_gradients_stand_beside_those_of_a_batch():
     once, summed = (memory.of_training(TINY, Step(64, accumulates=a)).gradients for a in (False, True))
     assert summed - once == 4 * memory.numbers(TINY).total
+
+
+def test_kernels_are_foretold_where_experts_run_in_bf16_on_a_cpu():
+    def libraries(config, **more):
+        return memory.of_training(config, Step(64, **more)).libraries
+
+    assert libraries(TINY) == memory.LIBRARIES
+    assert libraries(DENSE) == libraries(TINY, dtype="fp32") == libraries(TINY, device="cuda") == 0
+
+
+def test_backward_holds_the_gradients_of_one_layer_beside_the_activations():
+    twice = replace(TINY, n_layers=2 * TINY.n_layers)
+    once, deep = (memory.of_training(config, Step(512)) for config in (TINY, twice))
+    assert once.transients == deep.transients < once.activations < deep.activations
