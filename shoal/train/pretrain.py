@@ -9,6 +9,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -67,7 +68,7 @@ def pretrain(
     loader = training_loader(config, corpus)
     saver = Saver(run.checkpoints, model_writer(config, corpus), config.checkpoint.keep)
     saved, stall = state.counters.step, {}
-    with Stop(say) as stop:
+    with Stop(say) as stop, closing(saver):  # a save under way is finished, whatever ends the loop
         while steps_left(state) and not stop.asked:
             before, batches = state.counters.progress, next_batches(state, loader)
             result = train_step(state, batches)
@@ -91,7 +92,6 @@ def pretrain(
             saver.check()
         if saved != state.counters.step:
             save(saver, state, clock)
-        saver.close()
     return state
 
 

@@ -56,7 +56,11 @@ class TrainState:
     def __init__(self, config: PretrainConfig, device: str):
         self.config = config
         self.device = torch.device(device)
-        model = Transformer(config.model).to(self.device).init_weights(config.seed, config.init.embed_std, config.init.out_std)
+        model = (
+            Transformer(config.model)
+            .to(self.device)
+            .init_weights(config.seed, config.init.embed_std, config.init.out_std)
+        )
         self.model = model.set_dtype(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
         self.optimizer = Optimizer(self.model, config.optim)
         self.counters = Counters(total_steps=config.steps or 0)

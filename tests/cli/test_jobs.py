@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from shoal.run import Run, find
 from shoal.runtime import Runtime
 
 MACHINE = hardware.cpu("two threads", 8e11, 2e11, 2e10, 8 << 30, threads=2)
+NO_CORPUS: Any = None
 HERE = Here(Runtime("cpu", 2, 0, "two threads"), MACHINE)
 
 
@@ -74,7 +76,7 @@ def test_a_ladder_climbs():
 
 def test_scores_on_the_way_take_a_tenth_of_the_minutes_unless_asked_for(two_cores, teller):
     config, origins = verb.configured(verb.parse(["quickstart", "--minutes", "0.5"]))
-    measured = _plan.timed_step(config, None, "cpu")
+    measured = _plan.timed_step(config, NO_CORPUS, "cpu")
     fitted = _plan.affordable_scores(config, measured, origins)
     taken = (fitted.eval.times - 1) * _plan.score_seconds(fitted, measured)
     assert taken <= 3 < taken + _plan.score_seconds(fitted, measured)
@@ -86,7 +88,7 @@ def test_scores_on_the_way_take_a_tenth_of_the_minutes_unless_asked_for(two_core
 
 def test_minutes_for_fewer_than_five_steps_are_refused(two_cores, teller):
     config, origins = verb.configured(verb.parse(["quickstart", "--minutes", "0.03"]))
-    measured = _plan.timed_step(config, None, "cpu")
+    measured = _plan.timed_step(config, NO_CORPUS, "cpu")
     with pytest.raises(ResourceError, match="at least 5 steps"):
         _plan.plan_of(_plan.affordable_scores(config, measured, origins), measured, HERE, teller)
 
@@ -132,11 +134,11 @@ def test_a_resume_holds_the_lock_from_its_first_look_at_the_settings(run, monkey
 def test_a_resumed_run_keeps_its_plan(run, teller):
     (run.path / "plan.json").write_text('{"steps": 7}')
     config = verb.reconfigured(run, verb.Asked())[0]
-    assert _job.planned(config, run, None, HERE, True, teller) == (config, {"steps": 7})
+    assert _job.planned(config, run, NO_CORPUS, HERE, True, teller) == (config, {"steps": 7})
 
 
 def test_a_text_is_known_by_its_content(run):
-    def corpus(train: str):
+    def corpus(train: str) -> Any:
         splits = {"train": {"sha256": train}, "val": {"sha256": "v"}}
         return SimpleNamespace(info={"splits": splits, "tokenizer_sha256": "t", "key": object()})
 

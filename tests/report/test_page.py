@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from shoal.errors import RunError
 from shoal.model.config import MoEConfig
+from shoal.model.counts import count_parameters
 from shoal.model.presets import PRESETS
-from shoal.report import page
+from shoal.plan import memory
+from shoal.report import page, words
 from tests.report.synthetic import put, write_run
 
 FILES = [
@@ -79,11 +81,13 @@ def written(run: Path) -> Document:
 
 def test_the_page_says_what_the_files_say(run):
     text = " ".join(" ".join(written(run).text).split())
-    assert "11.9M-parameter language model that needs 0.862 bits per byte" in text
+    size = words.count(count_parameters(PRESETS["mini"]).total)
+    assert f"{size}-parameter language model that needs 0.862 bits per byte" in text
     assert "36% less than xz -9e" in text
     assert "It took 1% less than the 9.7 min predicted." in text
-    assert "A layer's 8 experts." in text and "the 2 lit ones" in text
-    for said in ("9,850 10,000 +1.5%", "1,600 bytes a token", "1a2b3c4d5e6f", "optim.lr 0.02 flag"):
+    assert f"A layer's {PRESETS['mini'].moe.n_routed_experts} experts." in text and "the 2 lit ones" in text
+    cache = f"{memory.cache_bytes_per_token(PRESETS['mini']):,} bytes a token"
+    for said in ("9,850 10,000 +1.5%", cache, "1a2b3c4d5e6f", "optim.lr 0.02 flag"):
         assert said in text
     assert "not measured" not in text and "could not be read" not in text
 

@@ -32,13 +32,11 @@ TINY = PretrainConfig(PRESETS["tiny"], batch=BatchConfig(context=32, samples=2),
 BY_MINUTES = replace(TINY, steps=None, minutes=10.0)
 
 
-class State:
+class State(TrainState):
     """A run's place without a model."""
 
     def __init__(self, config: PretrainConfig, **counters):
         self.config, self.counters = config, Counters(**counters)
-
-    next_progress = TrainState.next_progress
 
     def step(self) -> None:
         self.counters.progress, self.counters.step = self.next_progress, self.counters.step + 1
