@@ -43,7 +43,7 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
+                env={"GOMP_SPINCOUNT": "2000"} | os.environ | {"OMP_NUM_THREADS": str(THREADS)},  # as `shoal` sets it
             )
         self.missing: str | None = self.answer().get("missing")
 

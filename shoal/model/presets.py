@@ -151,7 +151,9 @@ OURS = {
         dim=256,
         n_layers=4,
         hidden_dim=512,
-        attention=MLAConfig(n_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64),
+        attention=MLAConfig(
+            n_heads=4, q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64
+        ),
         moe=MoEConfig(n_routed_experts=16, n_shared_experts=1, n_activated=2, moe_dim=128),
         n_mtp=1,
         max_positions=2048,

@@ -60,7 +60,8 @@ class OptimConfig:
     """AdamW throughout, or Muon for the matrices inside blocks (each expert's on its own) and AdamW for the rest.
 
     Muon's updates are scaled to the size of AdamW's (RMS `muon_rms`, arXiv 2502.16982), so `lr` and `weight_decay` mean
-    the same for both. `embed_lr` and `head_lr` multiply `lr` for the two ends of the model.
+    the same for both. Weights decay only inside blocks: an embedding row that is seldom seen would fade. `embed_lr`
+    and `head_lr` multiply `lr` for the two ends of the model.
     """
 
     matrices: Literal["muon", "adamw"] = "muon"

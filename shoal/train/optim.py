@@ -57,7 +57,7 @@ class Optimizer:
         muon = inner and c.matrices == "muon"
         master = p.data if p.dtype == torch.float32 else p.data.float()
         second = None if muon else torch.zeros_like(master)
-        decay = c.weight_decay if p.dim() >= 2 else 0.0
+        decay = c.weight_decay if inner else 0.0
         return Slot(name, p, master, muon, paired, ends.get(name, 1.0), decay, torch.zeros_like(master), second)
 
     def gradients(self) -> list[Tensor | None]:
