@@ -85,7 +85,8 @@ def test_the_page_says_what_the_files_say(run):
     assert f"{size}-parameter language model that needs 0.862 bits per byte" in text
     assert "36% less than xz -9e" in text
     assert "It took 1% less than the 9.7 min predicted." in text
-    assert f"A layer's {PRESETS['mini'].moe.n_routed_experts} experts." in text and "the 2 lit ones" in text
+    moe = PRESETS["mini"].moe
+    assert moe is not None and f"A layer's {moe.n_routed_experts} experts." in text and "the 2 lit ones" in text
     cache = f"{memory.cache_bytes_per_token(PRESETS['mini']):,} bytes a token"
     for said in ("9,850 10,000 +1.5%", cache, "1a2b3c4d5e6f", "optim.lr 0.02 flag"):
         assert said in text

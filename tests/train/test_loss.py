@@ -23,9 +23,8 @@ def test_chunked_cross_entropy_equals_whole_logits(chunk_bytes: int, monkeypatch
     torch.manual_seed(0)
     h, w, targets = torch.randn(37, 24), torch.randn(50, 24), torch.randint(50, (37,))
     targets[[3, 36]] = -100
-    ours = [x.clone().requires_grad_() for x in (h, w)]
-    exact = [x.clone().requires_grad_() for x in (h, w)]
-    value = linear_cross_entropy(*ours, targets, 1 / 35)
+    ours, exact = ([x.clone().requires_grad_() for x in (h, w)] for _ in range(2))
+    value = linear_cross_entropy(ours[0], ours[1], targets, 1 / 35)
     expected = F.cross_entropy(exact[0] @ exact[1].T, targets)
     (3 * value).backward()
     (3 * expected).backward()
