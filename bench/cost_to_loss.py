@@ -19,7 +19,7 @@ from bench.training import Recipe, TrainingFailed, code, train
 
 LIMIT = 12.0
 TRADITIONAL, OURS = Recipe("traditional", "traditional"), Recipe("quickstart", "quickstart")
-LEARNING_RATES = {"traditional": (5e-4, 1e-3, 2e-3), "quickstart": (1.5e-3, 3e-3, 6e-3)}  # equally many each
+LEARNING_RATES = {"traditional": (5e-4, 1e-3, 2e-3), "quickstart": (4e-3, 8e-3, 1.6e-2)}  # equally many each
 TUNING_SHARE = 0.2
 DIVISORS = (40, 30, 24, 20, 16, 12, 8, 5, 3, 2, 1)  # of the minutes, for ours
 
