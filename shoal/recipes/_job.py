@@ -33,7 +33,7 @@ from shoal.train.loss import Score
 from shoal.train.pretrain import Economy, held_out_score, pretrain, steps_left, training_loader
 from shoal.train.step import TrainState
 
-PROMPTS = ("def ", "class ", "import os\n\n\ndef read_lines(path):\n")
+PROMPTS = ("def", "class", "import os\n\n\ndef read_lines(path):\n")
 SAMPLE = {"max_tokens": 160, "temperature": 0.6, "top_p": 0.95}
 XZ_BYTES = 64 << 20  # of held-out text are compressed for comparison
 
