@@ -28,7 +28,7 @@ from shoal.engine.cache import Cache, bytes_per_token
 from shoal.engine.gather import Gatherer, Result
 from shoal.engine.pages import UNIT, Pages, units
 from shoal.engine.request import Finish, Request, Stats, Step, Token
-from shoal.engine.runner import RowByRow, Runner
+from shoal.engine.runner import Invariant, Runner
 from shoal.engine.scheduler import Scheduler, Work
 from shoal.engine.speculate import Speculator
 from shoal.engine.stream import Stream
@@ -69,7 +69,7 @@ class LocalEngine:
     ):
         """`memory_bytes` are for the cache. `speculate`: how many tokens ahead the model's module may draft (0: none).
 
-        `deterministic`: a request's tokens and log-probabilities depend on nothing but itself (see runner.RowByRow).
+        `deterministic`: a request's tokens and log-probabilities depend on nothing but itself (see runner.Invariant).
         """
         weight, config = model.embed.weight, model.config
         depth = speculate if config.n_mtp else 0
@@ -79,8 +79,8 @@ class LocalEngine:
         n_pages = _pages_that_fit(memory_bytes, self.bytes_per_token * UNIT, units(context), weight.device)
         self.model, self._context = model, min(context, n_pages * UNIT)
         self._cache = Cache(config, n_layers, n_pages, weight.dtype, weight.device)
-        self._runner = (RowByRow if deterministic else Runner)(model, self._cache)
-        self._speculator = Speculator(model, self._cache, depth) if depth else None
+        self._runner = (Invariant if deterministic else Runner)(model, self._cache)
+        self._speculator = Speculator(self._runner, depth) if depth else None
         self._make_scheduler = lambda: Scheduler(Pages(n_pages), max_batch_tokens, depth)
         self._scheduler = self._make_scheduler()
         self._live: dict[Request, Stream] = {}

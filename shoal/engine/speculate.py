@@ -25,18 +25,17 @@ import torch
 from torch import Tensor
 
 from shoal.engine import sampler
-from shoal.engine.attend import Paged, Span
-from shoal.engine.cache import Cache
+from shoal.engine.attend import Span
 from shoal.engine.pages import UNIT
+from shoal.engine.runner import Runner
 from shoal.engine.stream import Stream
-from shoal.model.transformer import Transformer
 
 GATE = 0.5  # least probability, by the module, that the whole chain of drafts holds
 
 
 class Speculator:
-    def __init__(self, model: Transformer, cache: Cache, depth: int):
-        self.model, self.cache, self.depth = model, cache, depth
+    def __init__(self, runner: Runner, depth: int):
+        self.runner, self.depth = runner, depth
         self.gate = GATE
         self.worth = Worth()
 
@@ -48,7 +47,7 @@ class Speculator:
         due.sort(key=lambda s: s.computed - s.module_computed)
         spans = [Span(s.module_computed, s.computed - s.module_computed, s.pages) for s in due]
         following = [t for s, span in zip(due, spans) for t in s.tokens[span.start + 1 : span.end + 1]]
-        hidden_TD = self._module(torch.cat([h for s in due for h in s.pending]), following, spans)
+        hidden_TD = self.runner.module(torch.cat([h for s in due for h in s.pending]), following, spans)
         last, end = [], 0
         for stream, span in zip(due, spans):
             stream.module_computed, stream.pending = stream.computed, []
@@ -65,7 +64,7 @@ class Speculator:
             streams, hidden_BD, sure_B = [streams[b] for b in room], hidden_BD[room], sure_B[room]
             if not streams:
                 return
-            logits_BV = self.model.head(hidden_BD).float()
+            logits_BV = self.runner.head(hidden_BD)
             sure_B = sure_B * (logits_BV.amax(-1) - logits_BV.logsumexp(-1)).exp()
             through = (sure_B >= self.gate).nonzero()[:, 0].tolist()
             streams, hidden_BD, sure_B = [streams[b] for b in through], hidden_BD[through], sure_B[through]
@@ -76,13 +75,7 @@ class Speculator:
                 stream.drafts.append(draft)
             if depth < self.depth:
                 spans = [Span(s.computed + depth - 1, 1, s.pages) for s in streams]
-                hidden_BD = self._module(hidden_BD, [s.drafts[-1].token for s in streams], spans)
-
-    def _module(self, hidden_TD: Tensor, following: list[int], spans: Sequence[Span]) -> Tensor:
-        device = self.cache.device
-        positions_T = torch.tensor([i for span in spans for i in range(span.start, span.end)], device=device)
-        embedded_TD = self.model.embed(torch.tensor(following, device=device))
-        return self.model.mtp[0](hidden_TD, embedded_TD, positions_T, Paged(self.cache, spans))[0]
+                hidden_BD = self.runner.module(hidden_BD, [s.drafts[-1].token for s in streams], spans)
 
 
 class Worth:

@@ -211,6 +211,14 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+def run_program(code: ctypes.Array, n: int, step) -> None:
+    """See program.py, which lays out the instructions and what a step brings."""
+    lib = _library()[0]
+    assert lib is not None
+    if lib.run_program(code, ctypes.c_int64(n), step, ctypes.c_int64(torch.get_num_threads())):
+        raise MemoryError("no room for the scores of attention")
+
+
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
     """See dispatch.cross_entropy_. The kernel writes where a target points, so each must be in the vocabulary."""
     T, V = logits_TV.shape

@@ -1,0 +1,507 @@
+/* A model's step for few tokens: a list of instructions, run by one team of threads from the first to the last.
+ *
+ * With few tokens every weight is read once and hardly used: reading is the limit, and calling a library per product
+ * costs more than the product. So a step enters here once. Each instruction is cut into tasks; a thread takes the next
+ * one, and where an instruction's `wait` is set all meet before they go on.
+ *
+ * Whoever computes a row, and whatever rows are beside it, its numbers are the same to the last bit: every sum runs in
+ * an order that depends on the row alone.
+ *
+ * Rounding is the model's: what a module returns is bf16, sums within are fp32.
+ * Shapes: T rows, N outputs, K inputs, E experts, A chosen; in attention H heads, G key-value heads, N nope, R rope,
+ * V value dims, C latent, W = C + R; P pages of UNIT tokens. All inner sizes are multiples of 16.
+ */
+#include "kernels.h"
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
+
+#define UNIT 64 /* tokens in a page: engine/pages.py */
+#define BLOCK 16 /* outputs in a task */
+#define TOGETHER 4 /* heads that share the reading of a key */
+#define MOST_CHOSEN 64
+
+typedef struct { /* the same in ops/program.py */
+    i64 kind, wait;
+    const void *x, *w, *w2, *bias;
+    void *y, *kept, *kept2;
+    i64 xs, ys; /* from row to row of x and y */
+    i64 N, K, H, G, R, V, E, A, groups, best_groups, flags;
+    float eps, scale;
+} Instruction;
+
+enum { SIGMOID = 1, NORMED = 2, WIDE = 4, ADD = 8, PAIRS = 16 };
+
+typedef struct { /* what a step brings, and room for what its routers choose */
+    i64 T, P;
+    const i64 *token_T, *position_T, *slot_T, *stream_T, *table_SP;
+    const float *cos, *sin; /* [positions, R/2] */
+    i64 *expert_M, *row_M, *busy_E, *start_E; /* M = T·A; rows sorted by expert, the experts that have any */
+    float *weight_M;
+    i64 n_busy;
+} Step;
+
+typedef struct {
+    const Instruction *code;
+    Step *step;
+    i64 threads, longest; /* longest: tokens that any row sees */
+    float *scores;        /* this thread's: [TOGETHER, longest] */
+} Worker;
+
+INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+/* The sums of 16 vectors' lanes, each in the same order: [16]. */
+INLINE __m512 sums(const __m512 *v) {
+    __m512 q[4];
+    for (int i = 0; i < 4; i++) {
+        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]));
+        __m512 cd =
+            _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]), _mm512_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
+        __m512d lo = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), hi = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+        q[i] = _mm512_add_ps((__m512)lo, (__m512)hi);
+    }
+    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(q[0], q[1], 0x88), _mm512_shuffle_f32x4(q[0], q[1], 0xdd));
+    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(q[2], q[3], 0x88), _mm512_shuffle_f32x4(q[2], q[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+INLINE __m512bh pairs(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
+INLINE __m512bh half_pairs(const bf16 *p) { return (__m512bh)_mm512_maskz_loadu_epi32(0xff, p); }
+
+/* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart. */
+INLINE void dots(const int MR, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[BLOCK]) {
+    const int NR = BLOCK / MR;
+    __m512 acc[BLOCK];
+    for (int i = 0; i < BLOCK; i++) acc[i] = _mm512_setzero_ps();
+    i64 k = 0;
+    for (; k + 32 <= K; k += 32) {
+        __m512bh xs[4];
+        for (int m = 0; m < MR; m++) xs[m] = pairs(x[m] + k);
+        for (int n = 0; n < NR; n++) {
+            __m512bh wn = pairs(w + n * K + k);
+            for (int m = 0; m < MR; m++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], xs[m], wn);
+        }
+    }
+    if (k < K)
+        for (int n = 0; n < NR; n++)
+            for (int m = 0; m < MR; m++)
+                acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], half_pairs(x[m] + k), half_pairs(w + n * K + k));
+    float flat[BLOCK];
+    _mm512_storeu_ps(flat, sums(acc));
+    for (int m = 0; m < MR; m++) memcpy(tile[m], flat + m * NR, NR * sizeof(float));
+}
+
+/* tile[m] = 16 rows of w times up to 4 rows of x. The order of a sum doesn't depend on how many rows there are. */
+static void products(i64 M, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[BLOCK]) {
+    if (M == 1)
+        dots(1, x, w, K, tile);
+    else if (M == 2)
+        for (int n = 0; n < BLOCK; n += 8) dots(2, x, w + n * K, K, (float(*)[BLOCK])(tile[0] + n));
+    else
+        for (int n = 0; n < BLOCK; n += 4) dots(4, x, w + n * K, K, (float(*)[BLOCK])(tile[0] + n));
+}
+
+/* Up to 4 rows of x from `row` on: by index where there is one. The last is repeated so that there are 4. */
+INLINE i64 rows_of(const bf16 *x, i64 stride, const i64 *index, i64 divide, i64 row, i64 end, const bf16 **xs) {
+    i64 M = end - row < 4 ? end - row : 4;
+    for (i64 m = 0; m < 4; m++) {
+        i64 at = row + (m < M ? m : M - 1);
+        xs[m] = x + (index ? index[at] / divide : at) * stride;
+    }
+    return M;
+}
+
+INLINE __m512 rounded(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+INLINE __m512 silu(__m512 x) {
+    __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(x, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+static void embed(const Worker *t, i64 row) {
+    const Instruction *c = t->code;
+    memcpy((bf16 *)c->y + row * c->ys, (const bf16 *)c->w + t->step->token_T[row] * c->N, c->N * sizeof(bf16));
+}
+
+INLINE void normed(const bf16 *x, const float *w, i64 K, float eps, bf16 *y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (i64 k = 0; k < K; k += 16) squares = _mm512_fmadd_ps(load(x + k), load(x + k), squares);
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / K + eps));
+    for (i64 k = 0; k < K; k += 16)
+        store(y + k, _mm512_mul_ps(_mm512_mul_ps(load(x + k), scale), _mm512_loadu_ps(w + k)));
+}
+
+static void norm(const Worker *t, i64 row) {
+    const Instruction *c = t->code;
+    normed((const bf16 *)c->x + row * c->xs, c->w, c->K, c->eps, (bf16 *)c->y + row * c->ys);
+}
+
+/* y = x wᵀ + bias, added to what stands in y if ADD; fp32 if WIDE. */
+static void linear(const Worker *t, i64 block) {
+    const Instruction *c = t->code;
+    i64 n = block * BLOCK;
+    const bf16 *w = (const bf16 *)c->w + n * c->K, *xs[4], *bias = c->bias;
+    float tile[4][BLOCK];
+    for (i64 row = 0; row < t->step->T; row += 4) {
+        i64 M = rows_of(c->x, c->xs, NULL, 1, row, t->step->T, xs);
+        products(M, xs, w, c->K, tile);
+        for (i64 m = 0; m < M; m++) {
+            i64 at = (row + m) * c->ys + n;
+            __m512 y = _mm512_loadu_ps(tile[m]);
+            if (bias) y = _mm512_add_ps(y, load(bias + n));
+            if (c->flags & ADD) y = _mm512_add_ps(rounded(y), load((bf16 *)c->y + at));
+            if (c->flags & WIDE)
+                _mm512_storeu_ps((float *)c->y + at, rounded(y));
+            else
+                store((bf16 *)c->y + at, y);
+        }
+    }
+}
+
+/* y = silu(x gateᵀ) · x upᵀ of 16 outputs, for rows of x by index; results go where the index points. */
+INLINE void gated_rows(const Instruction *c, const bf16 *gate, const bf16 *up, const i64 *index, i64 divide, i64 start,
+                       i64 end, i64 n) {
+    const bf16 *xs[4];
+    float g[4][BLOCK], u[4][BLOCK];
+    for (i64 row = start; row < end; row += 4) {
+        i64 M = rows_of(c->x, c->xs, index, divide, row, end, xs);
+        products(M, xs, gate + n * c->K, c->K, g);
+        products(M, xs, up + n * c->K, c->K, u);
+        for (i64 m = 0; m < M; m++) {
+            i64 to = index ? index[row + m] : row + m;
+            __m512 y = _mm512_mul_ps(silu(rounded(_mm512_loadu_ps(g[m]))), rounded(_mm512_loadu_ps(u[m])));
+            store((bf16 *)c->y + to * c->ys + n, y);
+        }
+    }
+}
+
+static void gated(const Worker *t, i64 block) {
+    const Instruction *c = t->code;
+    gated_rows(c, c->w, c->w2, NULL, 1, 0, t->step->T, block * BLOCK);
+}
+
+/* Each chosen expert's rows: h_M = silu(x gateᵀ) · x upᵀ, gate and up stacked in w [E, 2N, K]. */
+static void experts_gated(const Worker *t, i64 task) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    i64 blocks = c->N / BLOCK, e = s->busy_E[task / blocks];
+    const bf16 *gate = (const bf16 *)c->w + e * 2 * c->N * c->K;
+    gated_rows(c, gate, gate + c->N * c->K, s->row_M, c->A, s->start_E[e], s->start_E[e + 1], task % blocks * BLOCK);
+}
+
+/* y_M = h wᵀ with w [E, N, K]. */
+static void experts_down(const Worker *t, i64 task) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    i64 blocks = c->N / BLOCK, e = s->busy_E[task / blocks], n = task % blocks * BLOCK;
+    const bf16 *w = (const bf16 *)c->w + (e * c->N + n) * c->K, *xs[4];
+    float tile[4][BLOCK];
+    for (i64 row = s->start_E[e]; row < s->start_E[e + 1]; row += 4) {
+        i64 M = rows_of(c->x, c->xs, s->row_M, 1, row, s->start_E[e + 1], xs);
+        products(M, xs, w, c->K, tile);
+        for (i64 m = 0; m < M; m++)
+            store((bf16 *)c->y + s->row_M[row + m] * c->ys + n, _mm512_loadu_ps(tile[m]));
+    }
+}
+
+/* y += Σ_A weight · x_M + shared (w2, where there is one), rounded where the model rounds. */
+static void weigh(const Worker *t, i64 row) {
+    const Instruction *c = t->code;
+    const float *weight = t->step->weight_M + row * c->A;
+    bf16 *y = (bf16 *)c->y + row * c->ys;
+    for (i64 n = 0; n < c->N; n += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (i64 a = 0; a < c->A; a++) {
+            __m512 x = load((const bf16 *)c->x + (row * c->A + a) * c->xs + n);
+            sum = _mm512_add_ps(sum, _mm512_mul_ps(x, _mm512_set1_ps(weight[a])));
+        }
+        sum = rounded(sum);
+        if (c->w2) sum = rounded(_mm512_add_ps(sum, load((const bf16 *)c->w2 + row * c->N + n)));
+        store(y + n, _mm512_add_ps(load(y + n), sum));
+    }
+}
+
+/* logits [T, E] = x wᵀ in fp32, four experts a task. */
+static void logits(const Worker *t, i64 block) {
+    const Instruction *c = t->code;
+    i64 end = block * 4 + 4 < c->E ? block * 4 + 4 : c->E;
+    for (i64 e = block * 4; e < end; e++) {
+        const float *w = (const float *)c->w + e * c->K;
+        for (i64 row = 0; row < t->step->T; row++) {
+            const bf16 *x = (const bf16 *)c->x + row * c->xs;
+            __m512 sum = _mm512_setzero_ps();
+            for (i64 k = 0; k < c->K; k += 16) sum = _mm512_fmadd_ps(load(x + k), _mm512_loadu_ps(w + k), sum);
+            ((float *)c->y)[row * c->E + e] = _mm512_reduce_add_ps(sum);
+        }
+    }
+}
+
+/* The indices of the k largest of n, the largest first. Chosen ones become −∞. */
+static void largest(float *v, i64 n, i64 k, i64 *index) {
+    for (i64 i = 0; i < k; i++) {
+        i64 best = 0;
+        for (i64 j = 1; j < n; j++)
+            if (v[j] > v[best]) best = j;
+        index[i] = best;
+        v[best] = -INFINITY;
+    }
+}
+
+/* model/moe.py's within_best_groups: −∞ for the experts of all other groups. */
+static void keep_best_groups(const Instruction *c, float *choice) {
+    i64 size = c->E / c->groups, best[c->groups];
+    float worth[c->groups];
+    int kept[c->groups];
+    for (i64 g = 0; g < c->groups; g++) {
+        float first = -INFINITY, second = -INFINITY;
+        for (i64 e = g * size; e < (g + 1) * size; e++) {
+            float v = choice[e];
+            if (v > first) second = first, first = v;
+            else if (v > second) second = v;
+        }
+        worth[g] = c->flags & SIGMOID ? first + second : first;
+        kept[g] = 0;
+    }
+    largest(worth, c->groups, c->best_groups, best);
+    for (i64 i = 0; i < c->best_groups; i++) kept[best[i]] = 1;
+    for (i64 e = 0; e < c->E; e++)
+        if (!kept[e / size]) choice[e] = -INFINITY;
+}
+
+static void route_row(const Instruction *c, const float *logit, i64 *expert_A, float *weight_A) {
+    float score[c->E], choice[c->E], top = -INFINITY, total = 0;
+    for (i64 e = 0; e < c->E; e++) top = logit[e] > top ? logit[e] : top;
+    for (i64 e = 0; e < c->E; e++) {
+        score[e] = c->flags & SIGMOID ? 1 / (1 + expf(-logit[e])) : expf(logit[e] - top);
+        total += score[e];
+    }
+    for (i64 e = 0; e < c->E; e++) {
+        if (!(c->flags & SIGMOID)) score[e] /= total;
+        choice[e] = score[e] + ((const float *)c->bias)[e];
+    }
+    if (c->best_groups < c->groups) keep_best_groups(c, choice);
+    largest(choice, c->E, c->A, expert_A);
+    float sum = 0;
+    for (i64 a = 0; a < c->A; a++) sum += weight_A[a] = score[expert_A[a]];
+    for (i64 a = 0; a < c->A; a++) weight_A[a] = (c->flags & NORMED ? weight_A[a] / (sum + 1e-20f) : weight_A[a]) * c->scale;
+}
+
+/* One task: every row's experts and weights, and the rows sorted by expert. */
+static void route(const Worker *t, i64 task) {
+    const Instruction *c = t->code;
+    Step *s = t->step;
+    i64 M = s->T * c->A, *start = s->start_E;
+    (void)task;
+    for (i64 row = 0; row < s->T; row++)
+        route_row(c, (const float *)c->x + row * c->E, s->expert_M + row * c->A, s->weight_M + row * c->A);
+    memset(start, 0, (c->E + 1) * sizeof(i64));
+    for (i64 m = 0; m < M; m++) start[s->expert_M[m] + 1]++;
+    s->n_busy = 0;
+    for (i64 e = 0; e < c->E; e++) {
+        if (start[e + 1]) s->busy_E[s->n_busy++] = e;
+        start[e + 1] += start[e];
+    }
+    i64 next[c->E];
+    memcpy(next, start, c->E * sizeof(i64));
+    for (i64 m = 0; m < M; m++) s->row_M[next[s->expert_M[m]]++] = m;
+}
+
+/* Turn R numbers by the row's angles: neighbours (PAIRS, DeepSeek's layout) or halves (Llama's, Qwen2's). */
+INLINE void rotated(const bf16 *x, const Step *s, i64 row, i64 R, i64 flags, bf16 *y) {
+    const float *cos = s->cos + s->position_T[row] * (R / 2), *sin = s->sin + s->position_T[row] * (R / 2);
+    i64 apart = flags & PAIRS ? 1 : R / 2, step = flags & PAIRS ? 2 : 1;
+    for (i64 i = 0; i < R / 2; i++) {
+        float a = widen(x[i * step]), b = widen(x[i * step + apart]);
+        float turned[2] = {a * cos[i] - b * sin[i], a * sin[i] + b * cos[i]};
+        __m128i narrow = (__m128i)_mm_cvtneps_pbh(_mm_set_ps(0, 0, turned[1], turned[0]));
+        y[i * step] = (bf16)_mm_extract_epi16(narrow, 0);
+        y[i * step + apart] = (bf16)_mm_extract_epi16(narrow, 1);
+    }
+}
+
+/* The row of the latent cache: c normed, k_rope turned. x is kv_down's [C | R]. */
+static void keep_latent(const Worker *t, i64 row) {
+    const Instruction *c = t->code;
+    const bf16 *x = (const bf16 *)c->x + row * c->xs;
+    bf16 *to = (bf16 *)c->kept + t->step->slot_T[row] * (c->K + c->R);
+    normed(x, c->w, c->K, c->eps, to);
+    rotated(x + c->K, t->step, row, c->R, PAIRS, to + c->K);
+}
+
+/* k turned and v as it is: x is k [G, K], w is v. */
+static void keep_heads(const Worker *t, i64 row) {
+    const Instruction *c = t->code;
+    i64 width = c->G * c->K, slot = t->step->slot_T[row];
+    for (i64 g = 0; g < c->G; g++)
+        rotated((const bf16 *)c->x + row * c->xs + g * c->K, t->step, row, c->K, 0,
+                (bf16 *)c->kept + slot * width + g * c->K);
+    memcpy((bf16 *)c->kept2 + slot * width, (const bf16 *)c->w2 + row * c->xs, width * sizeof(bf16));
+}
+
+/* out [h, V] = softmax(scale · q keysᵀ) values over the first `seen` tokens of a row's pages, for h ≤ TOGETHER heads.
+ * Keys and values of a token lie `width` apart from the next one's; inner sizes W and V. */
+static void attend(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const bf16 *keys, const bf16 *values, i64 V,
+                   i64 width, float scale, float *out) {
+    const Step *s = t->step;
+    const i64 *pages = s->table_SP + s->stream_T[row] * s->P, seen = s->position_T[row] + 1;
+    __m512 top[TOGETHER], factor = _mm512_set1_ps(scale);
+    for (i64 i = 0; i < h; i++) top[i] = _mm512_set1_ps(-INFINITY);
+    for (i64 at = 0; at < seen; at += 16) { /* rows behind the last token's are there, and masked */
+        const bf16 *k = keys + (pages[at / UNIT] * UNIT + at % UNIT) * width;
+        __mmask16 valid = seen - at >= 16 ? 0xffff : (1 << (seen - at)) - 1;
+        for (i64 i = 0; i < h; i++) {
+            __m512 acc[16];
+            i64 w = 0;
+            for (int n = 0; n < 16; n++) acc[n] = _mm512_setzero_ps();
+            for (; w + 32 <= W; w += 32) {
+                __m512bh qs = pairs(q + i * W + w);
+                for (int n = 0; n < 16; n++) acc[n] = _mm512_dpbf16_ps(acc[n], qs, pairs(k + n * width + w));
+            }
+            if (w < W)
+                for (int n = 0; n < 16; n++)
+                    acc[n] = _mm512_dpbf16_ps(acc[n], half_pairs(q + i * W + w), half_pairs(k + n * width + w));
+            __m512 score = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), valid, sums(acc), factor);
+            _mm512_storeu_ps(t->scores + i * t->longest + at, score);
+            top[i] = _mm512_max_ps(top[i], score);
+        }
+    }
+    float share[TOGETHER];
+    for (i64 i = 0; i < h; i++) {
+        __m512 best = _mm512_set1_ps(_mm512_reduce_max_ps(top[i])), total = _mm512_setzero_ps();
+        for (i64 at = 0; at < seen; at += 16) {
+            float *p = t->scores + i * t->longest + at;
+            __mmask16 valid = seen - at >= 16 ? 0xffff : (1 << (seen - at)) - 1;
+            __m512 e = _mm512_maskz_mov_ps(valid, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(p), best)));
+            _mm512_storeu_ps(p, e);
+            total = _mm512_add_ps(total, e);
+        }
+        share[i] = 1 / _mm512_reduce_add_ps(total);
+    }
+    for (i64 v = 0; v < V; v += 32) {
+        int wide = V - v >= 32;
+        __m512 acc[TOGETHER][2] = {};
+        for (i64 at = 0; at < seen; at++) {
+            const bf16 *value = values + (pages[at / UNIT] * UNIT + at % UNIT) * width + v;
+            __m512 a = load(value), b = wide ? load(value + 16) : a;
+            for (i64 i = 0; i < h; i++) {
+                __m512 p = _mm512_set1_ps(t->scores[i * t->longest + at]);
+                acc[i][0] = _mm512_fmadd_ps(p, a, acc[i][0]);
+                acc[i][1] = _mm512_fmadd_ps(p, b, acc[i][1]);
+            }
+        }
+        for (i64 i = 0; i < h; i++)
+            for (int j = 0; j <= wide; j++)
+                _mm512_storeu_ps(out + i * V + v + 16 * j, _mm512_mul_ps(acc[i][j], _mm512_set1_ps(share[i])));
+    }
+}
+
+INLINE void narrow(const float *x, i64 n, bf16 *y) {
+    for (i64 i = 0; i < n; i += 16) store(y + i, _mm512_loadu_ps(x + i));
+}
+
+/* Latent attention, absorbed: q [H, N + R] folded into the latent by W_k, the sums unfolded by W_v; w = [H, N + V, C].
+ * A task: a row's heads, TOGETHER at a time. */
+static void attend_latent(const Worker *t, i64 task) {
+    const Instruction *c = t->code;
+    i64 parts = ceil_div(c->H, TOGETHER), row = task / parts, first = task % parts * TOGETHER, C = c->K, W = C + c->R;
+    i64 h = c->H - first < TOGETHER ? c->H - first : TOGETHER;
+    bf16 folded[TOGETHER * W], latent[C];
+    float out[TOGETHER * C];
+    for (i64 i = 0; i < h; i++) {
+        const bf16 *q = (const bf16 *)c->x + row * c->xs + (first + i) * (c->N + c->R);
+        const bf16 *w = (const bf16 *)c->w + (first + i) * (c->N + c->V) * C;
+        for (i64 k = 0; k < C; k += 64) { /* four sums at a time hide the latency of a multiplication */
+            const i64 n_sums = C - k >= 64 ? 4 : (C - k) / 16;
+            __m512 sum[4] = {};
+            for (i64 n = 0; n < c->N; n++) {
+                __m512 qn = _mm512_set1_ps(widen(q[n]));
+                for (i64 j = 0; j < n_sums; j++) sum[j] = _mm512_fmadd_ps(qn, load(w + n * C + k + 16 * j), sum[j]);
+            }
+            for (i64 j = 0; j < n_sums; j++) store(folded + i * W + k + 16 * j, sum[j]);
+        }
+        rotated(q + c->N, t->step, row, c->R, PAIRS, folded + i * W + C);
+    }
+    attend(t, row, h, folded, W, c->kept, c->kept, C, W, c->scale, out);
+    for (i64 i = 0; i < h; i++) {
+        const bf16 *w = (const bf16 *)c->w + ((first + i) * (c->N + c->V) + c->N) * C, *x = latent;
+        bf16 *y = (bf16 *)c->y + row * c->ys + (first + i) * c->V;
+        float tile[1][BLOCK];
+        narrow(out + i * C, C, latent);
+        for (i64 v = 0; v < c->V; v += BLOCK) {
+            products(1, &x, w + v * C, C, tile);
+            store(y + v, _mm512_loadu_ps(tile[0]));
+        }
+    }
+}
+
+/* Grouped-query attention: q [H, K] turned here. A task: heads of a row that share a key-value head. */
+static void attend_heads(const Worker *t, i64 task) {
+    const Instruction *c = t->code;
+    i64 shared = c->H / c->G, parts = ceil_div(shared, TOGETHER), row = task / (c->G * parts), g = task / parts % c->G;
+    i64 first = task % parts * TOGETHER, h = shared - first < TOGETHER ? shared - first : TOGETHER, K = c->K;
+    bf16 q[TOGETHER * K];
+    float out[TOGETHER * K];
+    first += g * shared;
+    for (i64 i = 0; i < h; i++)
+        rotated((const bf16 *)c->x + row * c->xs + (first + i) * K, t->step, row, K, 0, q + i * K);
+    const bf16 *keys = (const bf16 *)c->kept + g * K, *values = (const bf16 *)c->kept2 + g * K;
+    attend(t, row, h, q, K, keys, values, K, c->G * K, c->scale, out);
+    for (i64 i = 0; i < h; i++) narrow(out + i * K, K, (bf16 *)c->y + row * c->ys + (first + i) * K);
+}
+
+static void (*const KINDS[])(const Worker *, i64) = {
+    embed, norm, linear, gated, keep_latent, keep_heads, attend_latent, attend_heads, logits, route, experts_gated,
+    experts_down, weigh,
+};
+
+static i64 tasks(const Instruction *c, const Step *s) {
+    void (*kind)(const Worker *, i64) = KINDS[c->kind];
+    if (kind == linear || kind == gated) return c->N / BLOCK;
+    if (kind == experts_gated || kind == experts_down) return s->n_busy * (c->N / BLOCK);
+    if (kind == attend_latent) return s->T * ceil_div(c->H, TOGETHER);
+    if (kind == attend_heads) return s->T * c->G * ceil_div(c->H / c->G, TOGETHER);
+    if (kind == logits) return ceil_div(c->E, 4);
+    return kind == route ? 1 : s->T;
+}
+
+typedef struct {
+    _Atomic i64 next;
+    char apart[56];
+} Counter; /* of the tasks that were taken; a cache line each */
+
+/* All threads come here before any goes on. Spins, since it is mostly a matter of a microsecond. */
+static void meet(_Atomic i64 *arrived, i64 threads) {
+    i64 round = atomic_fetch_add(arrived, 1) / threads + 1;
+    for (i64 spins = 0; atomic_load_explicit(arrived, memory_order_acquire) < round * threads; spins++)
+        if (spins < 4096)
+            _mm_pause();
+        else
+            sched_yield();
+}
+
+/* Run the instructions. Returns 1 where there is no memory for the scores. */
+int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
+    i64 longest = 0;
+    for (i64 row = 0; step->position_T && row < step->T; row++)
+        longest = step->position_T[row] >= longest ? step->position_T[row] + 1 : longest;
+    longest = ceil_div(longest, UNIT) * UNIT;
+    Counter *counters = calloc(n, sizeof(Counter));
+    float *scores = malloc(threads * TOGETHER * longest * sizeof(float));
+    _Atomic i64 arrived = 0;
+    if (!counters || !scores) return free(counters), free(scores), 1;
+#pragma omp parallel num_threads(threads)
+    {
+        i64 team = omp_get_num_threads();
+        Worker worker = {code, step, team, longest, scores + omp_get_thread_num() * TOGETHER * longest};
+        for (i64 i = 0; i < n; i++, worker.code++) {
+            i64 count = tasks(worker.code, step), task;
+            while ((task = atomic_fetch_add_explicit(&counters[i].next, 1, memory_order_relaxed)) < count)
+                KINDS[worker.code->kind](&worker, task);
+            if (worker.code->wait) meet(&arrived, team);
+        }
+    }
+    free(counters);
+    free(scores);
+    return 0;
+}

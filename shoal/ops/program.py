@@ -1,0 +1,222 @@
+"""A step of a model for few tokens as a list of instructions, which native/program.c runs in one call.
+
+What it is for: at one token a stream every weight is read for hardly any arithmetic. The machine's memory is the limit
+then, and the cost of calling dozens of operations a layer would be several times that limit. A `Program` is built
+once, over the weights where they lie (a trainer may update them in place), and run for every step.
+
+Each method appends an instruction and returns its output, a buffer of `most` rows of which a step uses the first T;
+buffers of one name and width are one. An instruction sees what those before it left; one that is `beside` the next may
+run at the same time. Results are bf16, rounded where the modules of shoal/model round, and the rows of a step don't
+change each other by as much as a bit.
+
+The specification is the model's own forward pass: engine/decode.py writes programs, its tests compare.
+Shapes: T rows, N outputs, K inputs, E experts, A chosen; H heads, G key-value heads, V value dims, C latent, R rope.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from ctypes import byref, c_float, c_int64, c_void_p
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoal.ops import cpu
+
+UNIT = 64  # tokens in a page of the cache
+
+
+class Kind(IntEnum):
+    """As in native/program.c."""
+
+    EMBED, NORM, LINEAR, GATED, KEEP_LATENT, KEEP_HEADS, ATTEND_LATENT, ATTEND_HEADS = range(8)
+    LOGITS, ROUTE, EXPERTS_GATED, EXPERTS_DOWN, WEIGH = range(8, 13)
+
+
+class Flag(IntFlag):
+    SIGMOID, NORMED, WIDE, ADD, PAIRS = (1 << i for i in range(5))
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("kind", "wait")),
+        *((name, c_void_p) for name in ("x", "w", "w2", "bias", "y", "kept", "kept2")),
+        *((name, c_int64) for name in "xs ys N K H G R V E A groups best_groups flags".split()),
+        *((name, c_float) for name in ("eps", "scale")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("T", "P")),
+        *((name, c_void_p) for name in "token_T position_T slot_T stream_T table_SP cos sin".split()),
+        *((name, c_void_p) for name in "expert_M row_M busy_E start_E weight_M".split()),
+        ("n_busy", c_int64),
+    ]
+
+
+class Routing(NamedTuple):
+    """How a router chooses: the numbers of model/config.py's MoEConfig."""
+
+    n_experts: int
+    n_chosen: int
+    n_groups: int
+    best_groups: int
+    sigmoid: bool
+    normed: bool
+    scale: float
+
+
+class Rows(NamedTuple):
+    """What a step's rows are: their tokens, positions, slots in the cache, and whose pages they see.
+
+    `table[stream]` are a stream's pages; every row of a stream sees all up to its own position.
+    """
+
+    tokens: Sequence[int]
+    positions: Sequence[int] = ()
+    slots: Sequence[int] = ()
+    streams: Sequence[int] = ()
+    table: Sequence[Sequence[int]] = ()
+
+
+class Program:
+    def __init__(self, most: int, angles: tuple[Tensor, Tensor] | None = None):
+        """`most` rows a step; `angles`: cos and sin of every position that may come, fp32 [positions, R/2]."""
+        self.most = most
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._code: list[_Instruction] = []
+        self._compiled = (_Instruction * 0)()
+        self._held: list[Tensor | None] = [*(angles or ())]  # what instructions point to
+        self._step = _Step()
+        if angles:
+            self._step.cos, self._step.sin = (x.data_ptr() for x in angles)
+
+    def rows(self, name: str, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The buffer of this name and width [most, width]."""
+        if (name, width) not in self._buffers:
+            self._buffers[name, width] = torch.zeros(self.most, width, dtype=dtype)
+        return self._buffers[name, width]
+
+    def embed(self, weight_VD: Tensor, to: str) -> Tensor:
+        y = self.rows(to, weight_VD.shape[1])
+        return self._add(Kind.EMBED, y=y, w=weight_VD, N=weight_VD.shape[1])
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, to: str | Tensor, beside: bool = False) -> Tensor:
+        y = self.rows(to, len(weight)) if isinstance(to, str) else to
+        return self._add(Kind.NORM, beside, x=x, w=weight, y=y, K=len(weight), eps=eps)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight_NK: Tensor,
+        to: str = "",
+        bias: Tensor | None = None,
+        onto: Tensor | None = None,
+        wide: bool = False,
+        beside: bool = False,
+    ) -> Tensor:
+        """x Wᵀ (+ bias): in a buffer of its own, or added `onto` one; fp32 if `wide`."""
+        N, K = weight_NK.shape
+        y = self.rows(to, N, torch.float32 if wide else torch.bfloat16) if onto is None else onto
+        flags = (Flag.WIDE if wide else 0) | (Flag.ADD if onto is not None else 0)
+        return self._add(Kind.LINEAR, beside, x=x, w=weight_NK, bias=bias, y=y, N=N, K=K, flags=flags)
+
+    def gated(self, x: Tensor, gate_NK: Tensor, up_NK: Tensor, to: str, beside: bool = False) -> Tensor:
+        """silu(x gateᵀ) · x upᵀ"""
+        N, K = gate_NK.shape
+        return self._add(Kind.GATED, beside, x=x, w=gate_NK, w2=up_NK, y=self.rows(to, N), N=N, K=K)
+
+    def keep_latent(self, x: Tensor, norm_C: Tensor, eps: float, latent_PUW: Tensor, beside: bool = False) -> None:
+        """Into the cache: the first C of x normed, the R others turned (in neighbouring pairs)."""
+        C, W = len(norm_C), latent_PUW.shape[-1]
+        self._add(Kind.KEEP_LATENT, beside, x=x, w=norm_C, kept=latent_PUW, K=C, R=W - C, eps=eps)
+
+    def keep_heads(self, k: Tensor, v: Tensor, k_PUGK: Tensor, v_PUGK: Tensor) -> None:
+        """Into the cache: k turned (in halves), v as it is."""
+        G, K = k_PUGK.shape[2:]
+        self._add(Kind.KEEP_HEADS, x=k, w2=v, kept=k_PUGK, kept2=v_PUGK, G=G, K=K)
+
+    def attend_latent(self, q: Tensor, up: Tensor, H: int, N: int, latent_PUW: Tensor, scale: float, to: str) -> Tensor:
+        """Absorbed latent attention: q [T, H · (N + R)] as projected, `up` [H · (N + V), C]."""
+        C, W, V = up.shape[1], latent_PUW.shape[-1], len(up) // H - N
+        sizes = {"H": H, "N": N, "R": W - C, "V": V, "K": C}
+        return self._add(Kind.ATTEND_LATENT, x=q, w=up, kept=latent_PUW, y=self.rows(to, H * V), scale=scale, **sizes)
+
+    def attend_heads(self, q: Tensor, k_PUGK: Tensor, v_PUGK: Tensor, scale: float, to: str) -> Tensor:
+        """Grouped-query attention: q [T, H · K] as projected."""
+        G, K = k_PUGK.shape[2:]
+        y = self.rows(to, q.shape[1])
+        sizes = {"H": q.shape[1] // K, "G": G, "K": K}
+        return self._add(Kind.ATTEND_HEADS, x=q, kept=k_PUGK, kept2=v_PUGK, y=y, scale=scale, **sizes)
+
+    def route(self, x: Tensor, weight_EK: Tensor, bias_E: Tensor, r: Routing, beside: bool = False) -> None:
+        """Every row's experts and what they count, for `experts_gated`, `experts_down` and `weigh` behind it."""
+        logits = self.rows("logits", r.n_experts, torch.float32)
+        self._add(Kind.LOGITS, x=x, w=weight_EK, y=logits, E=r.n_experts, K=x.shape[1])
+        flags = (Flag.SIGMOID if r.sigmoid else 0) | (Flag.NORMED if r.normed else 0)
+        sizes = {"E": r.n_experts, "A": r.n_chosen, "groups": r.n_groups, "best_groups": r.best_groups}
+        self._add(Kind.ROUTE, beside, x=logits, bias=bias_E, flags=flags, scale=r.scale, **sizes)
+        chosen = self.most * r.n_chosen
+        lengths = {"expert_M": chosen, "row_M": chosen, "busy_E": r.n_experts, "start_E": r.n_experts + 1}
+        for name, length in lengths.items():
+            self._room(name, length, torch.int64)
+        self._room("weight_M", chosen, torch.float32)
+
+    def _room(self, name: str, length: int, dtype: torch.dtype) -> None:
+        """For what routers choose; the next one writes over it."""
+        room = self._buffers.get((name, 0))
+        if room is None or len(room) < length:
+            room = self._buffers[name, 0] = torch.zeros(length, dtype=dtype)
+            setattr(self._step, name, room.data_ptr())
+
+    def experts_gated(self, x: Tensor, gate_up_E2NK: Tensor, n_chosen: int, to: str) -> Tensor:
+        """Of each row's experts, silu(x gateᵀ) · x upᵀ: [most, A · N]."""
+        _, N2, K = gate_up_E2NK.shape
+        y = self.rows(to, n_chosen * N2 // 2)
+        return self._add(Kind.EXPERTS_GATED, x=x, w=gate_up_E2NK, y=y, N=N2 // 2, K=K, A=n_chosen, ys=N2 // 2)
+
+    def experts_down(self, x: Tensor, down_ENK: Tensor, n_chosen: int, to: str) -> Tensor:
+        _, N, K = down_ENK.shape
+        return self._add(Kind.EXPERTS_DOWN, x=x, w=down_ENK, y=self.rows(to, n_chosen * N), N=N, K=K, xs=K, ys=N)
+
+    def weigh(self, x: Tensor, shared: Tensor | None, n_chosen: int, onto: Tensor) -> Tensor:
+        """y += Σ weight · x over each row's experts, + shared."""
+        N = onto.shape[1]
+        return self._add(Kind.WEIGH, x=x, w2=shared, y=onto, N=N, A=n_chosen, xs=N)
+
+    def _add(self, kind: Kind, beside: bool = False, **arguments) -> Tensor:
+        c = _Instruction(kind=kind, wait=int(not beside))
+        for stride, name in (("xs", "x"), ("ys", "y")):
+            if isinstance(arguments.get(name), Tensor):
+                arguments.setdefault(stride, arguments[name].stride(0))
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                assert value.stride(-1) == 1 and (name in "xy" or value.is_contiguous()), (kind, name)
+                self._held.append(value)
+                value = value.data_ptr()
+            setattr(c, name, value)
+        self._code.append(c)
+        self._compiled = (_Instruction * len(self._code))(*self._code)
+        return arguments.get("y", arguments.get("x"))
+
+    def run(self, rows: Rows) -> None:
+        """One step; what `rows` lack, no instruction may ask for."""
+        T = len(rows.tokens)
+        assert 0 < T <= self.most, (T, self.most)
+        s, P = self._step, max(map(len, rows.table), default=0)
+        table = [page for pages in rows.table for page in (*pages, *[0] * (P - len(pages)))]
+        s.T, s.P = T, P
+        lists = {
+            "token_T": rows.tokens,
+            "position_T": rows.positions,
+            "slot_T": rows.slots,
+            "stream_T": rows.streams,
+            "table_SP": table,
+        }
+        held = {name: array("q", numbers) for name, numbers in lists.items()}
+        for name, numbers in held.items():
+            setattr(s, name, numbers.buffer_info()[0])
+        cpu.run_program(self._compiled, len(self._code), byref(s))

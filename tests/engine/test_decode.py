@@ -1,0 +1,135 @@
+"""The model as a program equals its forward pass, and no row of it depends on another."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.engine.attend import Span
+from shoal.engine.cache import Cache
+from shoal.engine.decode import MOST, Decoder, takes
+from shoal.model.attend import Packed
+from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
+from shoal.model.layers import Linear
+from shoal.model.transformer import Transformer
+from shoal.ops import cpu
+from tests.engine.models import prompt
+
+pytestmark = pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
+
+V3 = ModelConfig(
+    vocab_size=512,
+    dim=80,  # sizes that are multiples of 16 and not of 32
+    n_layers=3,
+    hidden_dim=112,
+    attention=MLAConfig(6, 48, 16, 16, 16, q_lora_rank=48),
+    moe=MoEConfig(16, 1, 3, 48, n_group=4, topk_group=2, routed_scaling_factor=2.5),
+    n_mtp=1,
+    rope_scaling=YarnConfig(4.0, original=64),
+    max_positions=512,
+    init_std=0.1,
+)
+V2 = replace(
+    V3,
+    attention=MLAConfig(2, 32, 32, 32, 48),
+    moe=MoEConfig(6, 2, 2, 32, n_group=3, topk_group=1, scoring="softmax", norm_topk_prob=False),
+    n_mtp=0,
+)
+LLAMA = replace(
+    V2, attention=GQAConfig(10, 2, 32), moe=None, rope_scaling=Llama3RopeConfig(8.0, original=64), tie_embeddings=True
+)
+QWEN = replace(LLAMA, attention=GQAConfig(4, 4, 16, bias=True), rope_scaling=None)
+NO_SHARED = replace(V3, moe=MoEConfig(4, 0, 1, 32, n_dense_layers=0), n_mtp=0)
+MODELS = {"v3": V3, "v2": V2, "llama": LLAMA, "qwen": QWEN, "no shared expert": NO_SHARED}
+N = 150  # tokens: more than a call takes, and pages
+
+
+def built(config: ModelConfig) -> tuple[Transformer, Decoder]:
+    """Biases that matter, norms that aren't 1."""
+    m = Transformer(config).init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in [*m.named_parameters(), *m.named_buffers()]:
+            if p.dim() == 1:
+                p += 0.2 * torch.randn(p.shape, generator=generator)
+    m.set_dtype(torch.bfloat16)
+    cache = Cache(config, config.n_layers + config.n_mtp, 8, torch.bfloat16, torch.device("cpu"))
+    return m, Decoder(m, cache)
+
+
+def errors(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1)
+
+
+def assert_as_exact(ours: Tensor, narrow: Tensor, wide: Tensor) -> None:
+    """Nearly as close to the model in fp32 as its forward pass in bf16 is. Not so every row: a rounding may turn a
+    router to another expert."""
+    at = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    assert (errors(ours, wide).quantile(at) < 1.7 * errors(narrow, wide).quantile(at)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_program_equals_the_forward_pass(name: str):
+    m, decoder = built(MODELS[name])
+    tokens = torch.tensor(prompt(N))
+    exact = Transformer(m.config)
+    exact.load_state_dict(m.state_dict())
+    positions, attend = torch.arange(N), Packed([N])
+    narrow, wide = (x.body(x.embed(tokens), positions, attend)[0] for x in (m, exact.float()))
+    hidden = decoder.body(tokens.tolist(), [Span(0, N, [5, 2, 7])])
+    assert_as_exact(hidden, narrow, wide)
+    torch.testing.assert_close(decoder.head(hidden), m.head(hidden).float(), atol=0.02, rtol=0.02)
+    if m.config.n_mtp:
+        following = m.embed(tokens[1:])
+        narrow, wide = (
+            x.mtp[0](hidden[:-1].to(e.dtype), e, positions[:-1], Packed([N - 1]))[0]
+            for x, e in ((m, following), (exact, following.float()))
+        )
+        ours = decoder.module(hidden[:-1], tokens[1:].tolist(), [Span(0, N - 1, [5, 2, 7])])
+        assert_as_exact(ours, narrow, wide)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", ["v3", "llama"])
+def test_a_row_is_the_same_in_any_company(name: str, threads: int):
+    m, decoder = built(MODELS[name])
+    a, b = prompt(N, 1), prompt(N, 2)
+    whole = decoder.body(a, [Span(0, N, [0, 1, 2])])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        mixed, at = [], 0
+        for n in (1, 2, 3, 4, 5, MOST, 1, N - MOST - 16):
+            spans = [Span(at, n, [6, 3, 4]), Span(at, 1, [5, 7, 0])]
+            mixed.append(decoder.body([*a[at : at + n], b[at]], spans)[:-1])
+            at += n
+        assert at == N and torch.equal(torch.cat(mixed), whole)
+        assert torch.equal(torch.cat([decoder.head(whole[i : i + 1]) for i in range(5)]), decoder.head(whole)[:5])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_may_change_in_place():
+    m, decoder = built(LLAMA)
+    before = decoder.body([1, 2, 3], [Span(0, 3, [0])])
+    with torch.no_grad():
+        m.get_parameter("layers.1.attn.out.weight").mul_(2)
+        after = m.body(m.embed(torch.tensor([1, 2, 3])), torch.arange(3), Packed([3]))[0]
+    fresh = decoder.body([1, 2, 3], [Span(0, 3, [0])])
+    assert errors(fresh, after).max() < 0.02 < errors(before, after).min()
+
+
+class Packed8(Linear):
+    """A leaf put in place from outside."""
+
+
+def test_models_with_parts_of_others_are_not_taken():
+    m, _ = built(LLAMA)
+    assert takes(m) and not takes(Transformer(LLAMA).init_weights(0))  # fp32
+    m.layers[0].attn.__setattr__("q", Packed8(LLAMA.dim, 320))
+    assert not takes(m.set_dtype(torch.bfloat16))
+    narrow = replace(LLAMA, attention=GQAConfig(2, 2, 24))
+    assert not takes(Transformer(narrow).init_weights(0).set_dtype(torch.bfloat16))
