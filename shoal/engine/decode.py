@@ -17,7 +17,6 @@ from shoal.engine.attend import Span
 from shoal.engine.cache import Cache
 from shoal.engine.pages import UNIT
 from shoal.model.block import Block
-from shoal.model.config import ModelConfig
 from shoal.model.gqa import GroupedAttention
 from shoal.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from shoal.model.mla import LATENT_EPS, LatentAttention
@@ -34,7 +33,7 @@ ITS_OWN |= {Embedding, Linear, RMSNorm, Experts, Router}
 
 
 def takes(model: Transformer) -> bool:
-    """Whether the model runs as a program here: bf16, a CPU with native kernels, no part of it replaced from outside."""
+    """Whether the model runs as a program here: bf16, native kernels, no part of it replaced from outside."""
     own = all(type(m) in ITS_OWN and isinstance(getattr(m, "dispatcher", None), Local | None) for m in model.modules())
     sizes = [size for p in model.parameters() if p.dtype is torch.bfloat16 and p.dim() > 1 for size in p.shape[-2:]]
     a = model.config.attention
@@ -85,8 +84,9 @@ class Decoder:
     def _write_body(self) -> tuple[Program, Tensor]:
         p, m = Program(MOST, self.angles), self.model
         x = p.embed(m.embed.weight, "x")
-        for layer, block in enumerate(m.layers):
-            write_block(p, block, x, self.cache.layers[layer], m.config)
+        for block, kept in zip(m.layers, self.cache.layers):
+            assert isinstance(block, Block)
+            write_block(p, block, x, kept)
         return p, p.norm(x, m.norm.weight, m.norm.eps, "hidden")
 
     def _write_head(self) -> tuple[Program, Tensor, Tensor]:
@@ -96,13 +96,14 @@ class Decoder:
 
     def _write_module(self) -> tuple[Program, Tensor, Tensor]:
         p, m, module = Program(MOST, self.angles), self.model, self.model.mtp[0]
+        assert isinstance(module, MTP)
         D = m.config.dim
         given, both = p.rows("given", D), p.rows("both", 2 * D)
         e = p.embed(m.embed.weight, "e")
         p.norm(e, module.embed_norm.weight, module.embed_norm.eps, both[:, :D], beside=True)
         p.norm(given, module.hidden_norm.weight, module.hidden_norm.eps, both[:, D:])
         x = p.linear(both, module.proj.weight, "x")
-        write_block(p, module.block, x, self.cache.layers[m.config.n_layers], m.config)
+        write_block(p, module.block, x, self.cache.layers[m.config.n_layers])
         return p, given, p.norm(x, module.norm.weight, module.norm.eps, "hidden")
 
 
@@ -122,11 +123,10 @@ def parts(rows: Rows) -> list[Rows]:
     return [Rows(*(numbers[at : at + MOST] for numbers in rows[:4]), rows.table) for at in starts]
 
 
-def write_block(p: Program, block: Block, x: Tensor, kept: tuple[Tensor, ...], config: ModelConfig) -> None:
+def write_block(p: Program, block: Block, x: Tensor, kept: tuple[Tensor, ...]) -> None:
     """model/block.py: x + attention(norm x), then x + feed-forward(norm x)."""
     h = p.norm(x, block.attn_norm.weight, block.attn_norm.eps, "h")
-    attention = write_latent if isinstance(block.attn, LatentAttention) else write_grouped
-    o = attention(p, block.attn, h, kept)
+    o = write_attention(p, block.attn, h, kept)
     p.linear(o, block.attn.out.weight, onto=x)
     h = p.norm(x, block.ffn_norm.weight, block.ffn_norm.eps, "h")
     if isinstance(block.ffn, MoE):
@@ -135,27 +135,35 @@ def write_block(p: Program, block: Block, x: Tensor, kept: tuple[Tensor, ...], c
         p.linear(p.gated(h, block.ffn.gate.weight, block.ffn.up.weight, "gated"), block.ffn.down.weight, onto=x)
 
 
-def write_latent(p: Program, attn: LatentAttention, h: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+def write_attention(
+    p: Program, attn: LatentAttention | GroupedAttention, h: Tensor, kept: tuple[Tensor, ...]
+) -> Tensor:
+    if isinstance(attn, LatentAttention):
+        return write_latent(p, attn, h, kept[0])
+    return write_grouped(p, attn, h, kept[0], kept[1])
+
+
+def write_latent(p: Program, attn: LatentAttention, h: Tensor, latent_PUW: Tensor) -> Tensor:
     """model/mla.py, its keys and values kept as latents."""
     a = attn.a
     down = p.linear(h, attn.kv_down.weight, "kv_down", beside=True)
     if a.q_lora_rank is None:
         q = p.linear(h, attn.q.weight, "q")
-        p.keep_latent(down, attn.kv_norm.weight, LATENT_EPS, kept[0])
+        p.keep_latent(down, attn.kv_norm.weight, LATENT_EPS, latent_PUW)
     else:
         q_down = p.linear(h, attn.q_down.weight, "q_down")
-        p.keep_latent(down, attn.kv_norm.weight, LATENT_EPS, kept[0], beside=True)
+        p.keep_latent(down, attn.kv_norm.weight, LATENT_EPS, latent_PUW, beside=True)
         q = p.linear(p.norm(q_down, attn.q_norm.weight, LATENT_EPS, "q_latent"), attn.q_up.weight, "q")
-    return p.attend_latent(q, attn.kv_up.weight, a.n_heads, a.qk_nope_head_dim, kept[0], attn.scale, "o")
+    return p.attend_latent(q, attn.kv_up.weight, a.n_heads, a.qk_nope_head_dim, latent_PUW, attn.scale, "o")
 
 
-def write_grouped(p: Program, attn: GroupedAttention, h: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+def write_grouped(p: Program, attn: GroupedAttention, h: Tensor, k_PUGK: Tensor, v_PUGK: Tensor) -> Tensor:
     """model/gqa.py."""
     q = p.linear(h, attn.q.weight, "q", attn.q.bias, beside=True)
     k = p.linear(h, attn.k.weight, "k", attn.k.bias, beside=True)
     v = p.linear(h, attn.v.weight, "v", attn.v.bias)
-    p.keep_heads(k, v, *kept)
-    return p.attend_heads(q, *kept, attn.scale, "o")
+    p.keep_heads(k, v, k_PUGK, v_PUGK)
+    return p.attend_heads(q, k_PUGK, v_PUGK, attn.scale, "o")
 
 
 def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor) -> None:

@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Sequence
 from ctypes import byref, c_float, c_int64, c_void_p
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,14 +142,14 @@ class Program:
     def attend_latent(self, q: Tensor, up: Tensor, H: int, N: int, latent_PUW: Tensor, scale: float, to: str) -> Tensor:
         """Absorbed latent attention: q [T, H · (N + R)] as projected, `up` [H · (N + V), C]."""
         C, W, V = up.shape[1], latent_PUW.shape[-1], len(up) // H - N
-        sizes = {"H": H, "N": N, "R": W - C, "V": V, "K": C}
+        sizes: dict[str, Any] = {"H": H, "N": N, "R": W - C, "V": V, "K": C}
         return self._add(Kind.ATTEND_LATENT, x=q, w=up, kept=latent_PUW, y=self.rows(to, H * V), scale=scale, **sizes)
 
     def attend_heads(self, q: Tensor, k_PUGK: Tensor, v_PUGK: Tensor, scale: float, to: str) -> Tensor:
         """Grouped-query attention: q [T, H · K] as projected."""
         G, K = k_PUGK.shape[2:]
         y = self.rows(to, q.shape[1])
-        sizes = {"H": q.shape[1] // K, "G": G, "K": K}
+        sizes: dict[str, Any] = {"H": q.shape[1] // K, "G": G, "K": K}
         return self._add(Kind.ATTEND_HEADS, x=q, kept=k_PUGK, kept2=v_PUGK, y=y, scale=scale, **sizes)
 
     def route(self, x: Tensor, weight_EK: Tensor, bias_E: Tensor, r: Routing, beside: bool = False) -> None:
@@ -157,7 +157,7 @@ class Program:
         logits = self.rows("logits", r.n_experts, torch.float32)
         self._add(Kind.LOGITS, x=x, w=weight_EK, y=logits, E=r.n_experts, K=x.shape[1])
         flags = (Flag.SIGMOID if r.sigmoid else 0) | (Flag.NORMED if r.normed else 0)
-        sizes = {"E": r.n_experts, "A": r.n_chosen, "groups": r.n_groups, "best_groups": r.best_groups}
+        sizes: dict[str, Any] = {"E": r.n_experts, "A": r.n_chosen, "groups": r.n_groups, "best_groups": r.best_groups}
         self._add(Kind.ROUTE, beside, x=logits, bias=bias_E, flags=flags, scale=r.scale, **sizes)
         chosen = self.most * r.n_chosen
         lengths = {"expert_M": chosen, "row_M": chosen, "busy_E": r.n_experts, "start_E": r.n_experts + 1}
@@ -187,7 +187,7 @@ class Program:
         N = onto.shape[1]
         return self._add(Kind.WEIGH, x=x, w2=shared, y=onto, N=N, A=n_chosen, xs=N)
 
-    def _add(self, kind: Kind, beside: bool = False, **arguments) -> Tensor:
+    def _add(self, kind: Kind, beside: bool = False, **arguments: Any) -> Tensor:
         c = _Instruction(kind=kind, wait=int(not beside))
         for stride, name in (("xs", "x"), ("ys", "y")):
             if isinstance(arguments.get(name), Tensor):
@@ -200,7 +200,7 @@ class Program:
             setattr(c, name, value)
         self._code.append(c)
         self._compiled = (_Instruction * len(self._code))(*self._code)
-        return arguments.get("y", arguments.get("x"))
+        return arguments["y"] if "y" in arguments else arguments["x"]
 
     def run(self, rows: Rows) -> None:
         """One step; what `rows` lack, no instruction may ask for."""

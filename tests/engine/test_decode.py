@@ -50,7 +50,7 @@ def built(config: ModelConfig) -> tuple[Transformer, Decoder]:
     m = Transformer(config).init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in [*m.named_parameters(), *m.named_buffers()]:
+        for p in [*m.parameters(), *m.buffers()]:
             if p.dim() == 1:
                 p += 0.2 * torch.randn(p.shape, generator=generator)
     m.set_dtype(torch.bfloat16)
