@@ -23,12 +23,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from shoal.engine import sampler
+from shoal.engine import native, sampler
 from shoal.engine.cache import Cache, bytes_per_token
 from shoal.engine.gather import Gatherer, Result
 from shoal.engine.pages import UNIT, Pages, units
 from shoal.engine.request import Finish, Request, Stats, Step, Token
-from shoal.engine.runner import Invariant, Runner
+from shoal.engine.runner import RowByRow, Runner
 from shoal.engine.scheduler import Scheduler, Work
 from shoal.engine.speculate import Speculator
 from shoal.engine.stream import Stream
@@ -69,7 +69,7 @@ class LocalEngine:
     ):
         """`memory_bytes` are for the cache. `speculate`: how many tokens ahead the model's module may draft (0: none).
 
-        `deterministic`: a request's tokens and log-probabilities depend on nothing but itself (see runner.Invariant).
+        `deterministic`: a request's tokens and log-probabilities depend on nothing but itself (see runner.RowByRow).
         """
         weight, config = model.embed.weight, model.config
         depth = speculate if config.n_mtp else 0
@@ -79,7 +79,7 @@ class LocalEngine:
         n_pages = _pages_that_fit(memory_bytes, self.bytes_per_token * UNIT, units(context), weight.device)
         self.model, self._context = model, min(context, n_pages * UNIT)
         self._cache = Cache(config, n_layers, n_pages, weight.dtype, weight.device)
-        self._runner = (Invariant if deterministic else Runner)(model, self._cache)
+        self._runner = _runner(model, self._cache, deterministic)
         self._speculator = Speculator(self._runner, depth) if depth else None
         self._make_scheduler = lambda: Scheduler(Pages(n_pages), max_batch_tokens, depth)
         self._scheduler = self._make_scheduler()
@@ -361,6 +361,12 @@ class LocalEngine:
         except BaseException:  # even one that would end a thread: this one isn't the sink's
             log.exception("a sink failed; its request is cancelled")
             self.cancel(stream.request)
+
+
+def _runner(model: Transformer, cache: Cache, deterministic: bool) -> Runner:
+    if native.takes(model):
+        return native.Native(model, cache, invariant=deterministic)
+    return (RowByRow if deterministic else Runner)(model, cache)
 
 
 def _pages_that_fit(memory_bytes: int | None, page_bytes: int, a_context: int, device: torch.device) -> int:

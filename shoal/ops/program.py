@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Sequence
 from ctypes import byref, c_float, c_int64, c_void_p
 from enum import IntEnum, IntFlag
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +51,8 @@ class _Instruction(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("T", "P")),
-        *((name, c_void_p) for name in "token_T position_T slot_T stream_T table_SP cos sin".split()),
+        *((name, c_int64) for name in ("T", "P", "singles", "chunks")),
+        *((name, c_void_p) for name in "chunk_at token_T position_T slot_T stream_T table_SP cos sin".split()),
         *((name, c_void_p) for name in "expert_M row_M busy_E start_E weight_M".split()),
         ("n_busy", c_int64),
     ]
@@ -72,7 +73,9 @@ class Routing(NamedTuple):
 class Rows(NamedTuple):
     """What a step's rows are: their tokens, positions, slots in the cache, and whose pages they see.
 
-    `table[stream]` are a stream's pages; every row of a stream sees all up to its own position.
+    `table[stream]` are a stream's pages; every row of a stream sees all up to its own position. Rows attend one by one,
+    but for the last ones in `chunks`: runs of so many rows, each of one stream and in order. They do with fewer
+    operations, and with numbers that depend on the cut.
     """
 
     tokens: Sequence[int]
@@ -80,6 +83,7 @@ class Rows(NamedTuple):
     slots: Sequence[int] = ()
     streams: Sequence[int] = ()
     table: Sequence[Sequence[int]] = ()
+    chunks: Sequence[int] = ()
 
 
 class Program:
@@ -208,8 +212,9 @@ class Program:
         assert 0 < T <= self.most, (T, self.most)
         s, P = self._step, max(map(len, rows.table), default=0)
         table = [page for pages in rows.table for page in (*pages, *[0] * (P - len(pages)))]
-        s.T, s.P = T, P
+        s.T, s.P, s.singles, s.chunks = T, P, T - sum(rows.chunks), len(rows.chunks)
         lists = {
+            "chunk_at": [*accumulate(rows.chunks, initial=s.singles)],
             "token_T": rows.tokens,
             "position_T": rows.positions,
             "slot_T": rows.slots,

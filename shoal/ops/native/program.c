@@ -11,7 +11,7 @@
  * Shapes: T rows, N outputs, K inputs, E experts, A chosen; in attention H heads, G key-value heads, N nope, R rope,
  * V value dims, C latent, W = C + R; P pages of UNIT tokens. All inner sizes are multiples of 16.
  */
-#include "kernels.h"
+#include "tiles.h"
 #include <omp.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -33,7 +33,8 @@ typedef struct { /* the same in ops/program.py */
 enum { SIGMOID = 1, NORMED = 2, WIDE = 4, ADD = 8, PAIRS = 16 };
 
 typedef struct { /* what a step brings, and room for what its routers choose */
-    i64 T, P;
+    i64 T, P, singles, chunks; /* the first rows attend one by one, those behind them in chunks of one stream each */
+    const i64 *chunk_at; /* [chunks + 1]: first rows, and T */
     const i64 *token_T, *position_T, *slot_T, *stream_T, *table_SP;
     const float *cos, *sin; /* [positions, R/2] */
     i64 *expert_M, *row_M, *busy_E, *start_E; /* M = T·A; rows sorted by expert, the experts that have any */
@@ -44,8 +45,8 @@ typedef struct { /* what a step brings, and room for what its routers choose */
 typedef struct {
     const Instruction *code;
     Step *step;
-    i64 threads, longest; /* longest: tokens that any row sees */
-    float *scores;        /* this thread's: [TOGETHER, longest] */
+    i64 longest; /* tokens that any row sees */
+    char *room;  /* this thread's own, for attention */
 } Worker;
 
 INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -340,11 +341,12 @@ static void keep_heads(const Worker *t, i64 row) {
 }
 
 /* out [h, V] = softmax(scale · q keysᵀ) values over the first `seen` tokens of a row's pages, for h ≤ TOGETHER heads.
- * Keys and values of a token lie `width` apart from the next one's; inner sizes W and V. */
-static void attend(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const bf16 *keys, const bf16 *values, i64 V,
+ * Keys and values of a token lie `width` apart from the next one's; inner sizes W and V. Every head by itself. */
+static void attend_row(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const bf16 *keys, const bf16 *values, i64 V,
                    i64 width, float scale, float *out) {
     const Step *s = t->step;
     const i64 *pages = s->table_SP + s->stream_T[row] * s->P, seen = s->position_T[row] + 1;
+    float *scores = (float *)t->room; /* [TOGETHER, longest] */
     __m512 top[TOGETHER], factor = _mm512_set1_ps(scale);
     for (i64 i = 0; i < h; i++) top[i] = _mm512_set1_ps(-INFINITY);
     for (i64 at = 0; at < seen; at += 16) { /* rows behind the last token's are there, and masked */
@@ -362,7 +364,7 @@ static void attend(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const 
                 for (int n = 0; n < 16; n++)
                     acc[n] = _mm512_dpbf16_ps(acc[n], half_pairs(q + i * W + w), half_pairs(k + n * width + w));
             __m512 score = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), valid, sums(acc), factor);
-            _mm512_storeu_ps(t->scores + i * t->longest + at, score);
+            _mm512_storeu_ps(scores + i * t->longest + at, score);
             top[i] = _mm512_max_ps(top[i], score);
         }
     }
@@ -370,7 +372,7 @@ static void attend(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const 
     for (i64 i = 0; i < h; i++) {
         __m512 best = _mm512_set1_ps(_mm512_reduce_max_ps(top[i])), total = _mm512_setzero_ps();
         for (i64 at = 0; at < seen; at += 16) {
-            float *p = t->scores + i * t->longest + at;
+            float *p = scores + i * t->longest + at;
             __mmask16 valid = seen - at >= 16 ? 0xffff : (1 << (seen - at)) - 1;
             __m512 e = _mm512_maskz_mov_ps(valid, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(p), best)));
             _mm512_storeu_ps(p, e);
@@ -385,7 +387,7 @@ static void attend(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const 
             const bf16 *value = values + (pages[at / UNIT] * UNIT + at % UNIT) * width + v;
             __m512 a = load(value), b = wide ? load(value + 16) : a;
             for (i64 i = 0; i < h; i++) {
-                __m512 p = _mm512_set1_ps(t->scores[i * t->longest + at]);
+                __m512 p = _mm512_set1_ps(scores[i * t->longest + at]);
                 acc[i][0] = _mm512_fmadd_ps(p, a, acc[i][0]);
                 acc[i][1] = _mm512_fmadd_ps(p, b, acc[i][1]);
             }
@@ -396,16 +398,19 @@ static void attend(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const 
     }
 }
 
-INLINE void narrow(const float *x, i64 n, bf16 *y) {
+INLINE void round_off(const float *x, i64 n, bf16 *y) {
     for (i64 i = 0; i < n; i += 16) store(y + i, _mm512_loadu_ps(x + i));
 }
 
-/* Latent attention, absorbed: q [H, N + R] folded into the latent by W_k, the sums unfolded by W_v; w = [H, N + V, C].
- * A task: a row's heads, TOGETHER at a time. */
-static void attend_latent(const Worker *t, i64 task) {
+INLINE const bf16 *token(const i64 *pages, const void *kept, i64 width, i64 position) {
+    return (const bf16 *)kept + (pages[position / UNIT] * UNIT + position % UNIT) * width;
+}
+
+/* Latent attention of a row, absorbed: q [H, N + R] folded into the latent by W_k, sums unfolded by W_v, both halves of
+ * w [H, N + V, C]. Nothing is rebuilt. Heads from `first` on, TOGETHER at most. */
+static void absorbed(const Worker *t, i64 row, i64 first) {
     const Instruction *c = t->code;
-    i64 parts = ceil_div(c->H, TOGETHER), row = task / parts, first = task % parts * TOGETHER, C = c->K, W = C + c->R;
-    i64 h = c->H - first < TOGETHER ? c->H - first : TOGETHER;
+    i64 C = c->K, W = C + c->R, h = c->H - first < TOGETHER ? c->H - first : TOGETHER;
     bf16 folded[TOGETHER * W], latent[C];
     float out[TOGETHER * C];
     for (i64 i = 0; i < h; i++) {
@@ -422,12 +427,12 @@ static void attend_latent(const Worker *t, i64 task) {
         }
         rotated(q + c->N, t->step, row, c->R, PAIRS, folded + i * W + C);
     }
-    attend(t, row, h, folded, W, c->kept, c->kept, C, W, c->scale, out);
+    attend_row(t, row, h, folded, W, c->kept, c->kept, C, W, c->scale, out);
     for (i64 i = 0; i < h; i++) {
         const bf16 *w = (const bf16 *)c->w + ((first + i) * (c->N + c->V) + c->N) * C, *x = latent;
         bf16 *y = (bf16 *)c->y + row * c->ys + (first + i) * c->V;
         float tile[1][BLOCK];
-        narrow(out + i * C, C, latent);
+        round_off(out + i * C, C, latent);
         for (i64 v = 0; v < c->V; v += BLOCK) {
             products(1, &x, w + v * C, C, tile);
             store(y + v, _mm512_loadu_ps(tile[0]));
@@ -435,19 +440,85 @@ static void attend_latent(const Worker *t, i64 task) {
     }
 }
 
-/* Grouped-query attention: q [H, K] turned here. A task: heads of a row that share a key-value head. */
-static void attend_heads(const Worker *t, i64 task) {
+/* Latent attention of a chunk's head, rebuilt: k_nope and v of all tokens made from their latents first. */
+static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
     const Instruction *c = t->code;
-    i64 shared = c->H / c->G, parts = ceil_div(shared, TOGETHER), row = task / (c->G * parts), g = task / parts % c->G;
-    i64 first = task % parts * TOGETHER, h = shared - first < TOGETHER ? shared - first : TOGETHER, K = c->K;
+    const Step *s = t->step;
+    const i64 *pages = s->table_SP + s->stream_T[start] * s->P, S = s->position_T[start] + L;
+    i64 C = c->K, K = c->N + c->R, V = c->V;
+    bf16 *q = (bf16 *)t->room, *k = q + L * K, *v = k + S * K;
+    const bf16 *w = (const bf16 *)c->w + head * (c->N + V) * C, *xs[4];
+    float tile[4][BLOCK];
+    for (i64 at = 0; at < S; at += 4) {
+        i64 M = S - at < 4 ? S - at : 4;
+        for (i64 m = 0; m < 4; m++) xs[m] = token(pages, c->kept, C + c->R, m < M ? at + m : S - 1);
+        for (i64 n = 0; n < c->N + V; n += BLOCK) {
+            products(M, xs, w + n * C, C, tile);
+            for (i64 m = 0; m < M; m++)
+                store(n < c->N ? k + (at + m) * K + n : v + (at + m) * V + n - c->N, _mm512_loadu_ps(tile[m]));
+        }
+        for (i64 m = 0; m < M; m++) memcpy(k + (at + m) * K + c->N, xs[m] + C, c->R * sizeof(bf16));
+    }
+    for (i64 row = 0; row < L; row++) {
+        const bf16 *from = (const bf16 *)c->x + (start + row) * c->xs + head * K;
+        memcpy(q + row * K, from, c->N * sizeof(bf16));
+        rotated(from + c->N, s, start + row, c->R, PAIRS, q + row * K + c->N);
+    }
+    bf16 *y = (bf16 *)c->y + start * c->ys + head * V;
+    forward_head(q, K, k, K, v, V, y, c->ys, NULL, 0, L, S, K, V, c->scale, v + S * V);
+}
+
+/* A task: TOGETHER heads of a single row, or one head of a chunk. */
+static void attend_latent(const Worker *t, i64 task) {
+    const Step *s = t->step;
+    i64 parts = ceil_div(t->code->H, TOGETHER), singles = s->singles * parts;
+    if (task < singles) return absorbed(t, task / parts, task % parts * TOGETHER);
+    const i64 *at = s->chunk_at + (task - singles) / t->code->H;
+    rebuilt(t, at[0], at[1] - at[0], (task - singles) % t->code->H);
+}
+
+/* Grouped-query attention of a row: q [H, K] turned here; h heads from `first` on, which share key-value head g. */
+static void attend_group(const Worker *t, i64 row, i64 g, i64 first, i64 h) {
+    const Instruction *c = t->code;
+    i64 K = c->K;
     bf16 q[TOGETHER * K];
     float out[TOGETHER * K];
-    first += g * shared;
     for (i64 i = 0; i < h; i++)
         rotated((const bf16 *)c->x + row * c->xs + (first + i) * K, t->step, row, K, 0, q + i * K);
     const bf16 *keys = (const bf16 *)c->kept + g * K, *values = (const bf16 *)c->kept2 + g * K;
-    attend(t, row, h, q, K, keys, values, K, c->G * K, c->scale, out);
-    for (i64 i = 0; i < h; i++) narrow(out + i * K, K, (bf16 *)c->y + row * c->ys + (first + i) * K);
+    attend_row(t, row, h, q, K, keys, values, K, c->G * K, c->scale, out);
+    for (i64 i = 0; i < h; i++) round_off(out + i * K, K, (bf16 *)c->y + row * c->ys + (first + i) * K);
+}
+
+/* The same for one head of a chunk. */
+static void attend_chunk(const Worker *t, i64 start, i64 L, i64 head) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    const i64 *pages = s->table_SP + s->stream_T[start] * s->P, S = s->position_T[start] + L;
+    i64 K = c->K, g = head / (c->H / c->G), bytes = K * sizeof(bf16);
+    bf16 *q = (bf16 *)t->room, *k = q + L * K, *v = k + S * K;
+    for (i64 row = 0; row < L; row++)
+        rotated((const bf16 *)c->x + (start + row) * c->xs + head * K, s, start + row, K, 0, q + row * K);
+    for (i64 at = 0; at < S; at++) {
+        memcpy(k + at * K, token(pages, c->kept, c->G * K, at) + g * K, bytes);
+        memcpy(v + at * K, token(pages, c->kept2, c->G * K, at) + g * K, bytes);
+    }
+    bf16 *y = (bf16 *)c->y + start * c->ys + head * K;
+    forward_head(q, K, k, K, v, K, y, c->ys, NULL, 0, L, S, K, K, c->scale, v + S * K);
+}
+
+/* A task: heads of a single row that share a key-value head, TOGETHER at most; or one head of a chunk. */
+static void attend_heads(const Worker *t, i64 task) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    i64 shared = c->H / c->G, parts = ceil_div(shared, TOGETHER), singles = s->singles * c->G * parts;
+    if (task < singles) {
+        i64 g = task / parts % c->G, first = task % parts * TOGETHER;
+        i64 h = shared - first < TOGETHER ? shared - first : TOGETHER;
+        return attend_group(t, task / (c->G * parts), g, g * shared + first, h);
+    }
+    const i64 *at = s->chunk_at + (task - singles) / c->H;
+    attend_chunk(t, at[0], at[1] - at[0], (task - singles) % c->H);
 }
 
 static void (*const KINDS[])(const Worker *, i64) = {
@@ -459,8 +530,8 @@ static i64 tasks(const Instruction *c, const Step *s) {
     void (*kind)(const Worker *, i64) = KINDS[c->kind];
     if (kind == linear || kind == gated) return c->N / BLOCK;
     if (kind == experts_gated || kind == experts_down) return s->n_busy * (c->N / BLOCK);
-    if (kind == attend_latent) return s->T * ceil_div(c->H, TOGETHER);
-    if (kind == attend_heads) return s->T * c->G * ceil_div(c->H / c->G, TOGETHER);
+    if (kind == attend_latent) return s->singles * ceil_div(c->H, TOGETHER) + s->chunks * c->H;
+    if (kind == attend_heads) return s->singles * c->G * ceil_div(c->H / c->G, TOGETHER) + s->chunks * c->H;
     if (kind == logits) return ceil_div(c->E, 4);
     return kind == route ? 1 : s->T;
 }
@@ -480,20 +551,34 @@ static void meet(_Atomic i64 *arrived, i64 threads) {
             sched_yield();
 }
 
-/* Run the instructions. Returns 1 where there is no memory for the scores. */
+/* Bytes that attention needs on a thread, for tokens as far as `longest`. */
+static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) {
+    i64 bytes = TOGETHER * longest * sizeof(float);
+    for (const Instruction *c = code; s->chunks && c < code + n; c++) {
+        int latent = KINDS[c->kind] == attend_latent;
+        i64 K = latent ? c->N + c->R : c->K, V = latent ? c->V : c->K;
+        if (!latent && KINDS[c->kind] != attend_heads) continue;
+        i64 rebuilt = (s->T * K + longest * (K + V)) * sizeof(bf16) + forward_bytes(longest, K, V);
+        bytes = rebuilt > bytes ? rebuilt : bytes;
+    }
+    return bytes;
+}
+
+/* Run the instructions. Returns 1 where there is no memory for attention. */
 int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
     i64 longest = 0;
     for (i64 row = 0; step->position_T && row < step->T; row++)
         longest = step->position_T[row] >= longest ? step->position_T[row] + 1 : longest;
     longest = ceil_div(longest, UNIT) * UNIT;
+    i64 bytes = room_for(code, n, step, longest);
     Counter *counters = calloc(n, sizeof(Counter));
-    float *scores = malloc(threads * TOGETHER * longest * sizeof(float));
+    char *room = malloc(threads * bytes);
     _Atomic i64 arrived = 0;
-    if (!counters || !scores) return free(counters), free(scores), 1;
+    if (!counters || (bytes && !room)) return free(counters), free(room), 1;
 #pragma omp parallel num_threads(threads)
     {
         i64 team = omp_get_num_threads();
-        Worker worker = {code, step, team, longest, scores + omp_get_thread_num() * TOGETHER * longest};
+        Worker worker = {code, step, longest, room + omp_get_thread_num() * bytes};
         for (i64 i = 0; i < n; i++, worker.code++) {
             i64 count = tasks(worker.code, step), task;
             while ((task = atomic_fetch_add_explicit(&counters[i].next, 1, memory_order_relaxed)) < count)
@@ -502,6 +587,6 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
         }
     }
     free(counters);
-    free(scores);
+    free(room);
     return 0;
 }

@@ -1,21 +1,24 @@
-"""The model as a program for few rows at a time: every decoding step, and in deterministic mode everything.
+"""The model as a native program: what computes the engine's steps wherever the machine can.
 
 The same weights, where they lie, and the same cache; only the calls between them are gone (ops/program.py says why that
-matters). One row costs what it costs to read the weights it meets. A row's numbers don't depend on the rows beside it,
-so what goes this way is the same in any batch.
+matters). Single tokens attend absorbed, one row costs what it costs to read the weights it meets. Chunks of prompts
+attend rebuilt. But for the chunks a row's numbers don't depend on the rows beside it: `invariant` has none, and what a
+request is told is then the same to the last bit whatever else goes on.
 
 Written from the modules of shoal/model, line by line; their forward pass is the slow twin that tests compare with.
 Shapes: T rows, D model, R rows drawn from, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 
-from shoal.engine.attend import Span
+from shoal.engine.attend import FEW, Span
 from shoal.engine.cache import Cache
 from shoal.engine.pages import UNIT
+from shoal.engine.runner import Runner
 from shoal.model.block import Block
 from shoal.model.gqa import GroupedAttention
 from shoal.model.layers import Embedding, Linear, RMSNorm, SwiGLU
@@ -27,7 +30,7 @@ from shoal.model.transformer import Transformer
 from shoal.ops import cpu
 from shoal.ops.program import Program, Routing, Rows
 
-MOST = 64  # rows in a call; more are cut
+MOST = 512  # rows in a call; more are cut
 ITS_OWN = {Transformer, Block, MTP, LatentAttention, GroupedAttention, MoE, SwiGLU, nn.ModuleList}
 ITS_OWN |= {Embedding, Linear, RMSNorm, Experts, Router}
 
@@ -41,12 +44,11 @@ def takes(model: Transformer) -> bool:
     return own and cpu.takes(model.embed.weight, *sizes, *heads)
 
 
-class Decoder:
-    """Programs over a model's weights and a cache."""
-
-    def __init__(self, model: Transformer, cache: Cache):
+class Native(Runner):
+    def __init__(self, model: Transformer, cache: Cache, invariant: bool = False):
+        super().__init__(model, cache)
         assert takes(model)
-        self.model, self.cache = model, cache
+        self.invariant = invariant
         n_positions = len(cache.layers[0][0]) * UNIT
         self.angles = angles(torch.arange(min(n_positions, model.config.max_positions)), model.config)
         self._body, self._hidden = self._write_body()
@@ -54,32 +56,45 @@ class Decoder:
         self._module = self._write_module() if len(cache.layers) > model.config.n_layers else None
 
     def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        """Hidden states after the final norm [T, D]; the cache's rows are written."""
         hidden = []
-        for part in parts(rows_of(tokens, spans)):
-            self._body.run(part)
-            hidden.append(self._hidden[: len(part.tokens)].clone())
-        return torch.cat(hidden)
+        for rows in self._parts(tokens, spans):
+            self._body.run(rows)
+            hidden.append(self._hidden[: len(rows.tokens)].clone())
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def module(self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        """The multi-token module's hidden states [T, D], from the model's and the tokens that follow."""
         assert self._module
         program, given, made = self._module
-        out = []
-        for part, hidden in zip(parts(rows_of(following, spans)), hidden_TD.split(MOST), strict=True):
-            given[: len(hidden)] = hidden
-            program.run(part)
-            out.append(made[: len(hidden)].clone())
-        return torch.cat(out)
+        hidden = []
+        for rows, given_TD in zip(self._parts(following, spans), hidden_TD.split(MOST), strict=True):
+            given[: len(given_TD)] = given_TD
+            program.run(rows)
+            hidden.append(made[: len(given_TD)].clone())
+        return torch.cat(hidden)
 
     def head(self, hidden_RD: Tensor) -> Tensor:
-        """Logits [R, V] in fp32."""
-        logits = []
-        for rows in hidden_RD.split(MOST):
+        logits = [hidden_RD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)]
+        for rows in hidden_RD.split(MOST) if len(hidden_RD) else ():
             self._drawn[: len(rows)] = rows
             self._head.run(Rows(tokens=[0] * len(rows)))
             logits.append(self._logits[: len(rows)].clone())
-        return torch.cat(logits) if logits else hidden_RD.new_empty(0, self._logits.shape[1], dtype=torch.float32)
+        return logits[1] if len(logits) == 2 else torch.cat(logits)
+
+    def _parts(self, tokens: Sequence[int], spans: Sequence[Span]) -> Iterator[Rows]:
+        """At most MOST rows each; a later part sees what an earlier one left in the cache."""
+        at = 0
+        for part in cut(spans, MOST):
+            n = sum(span.n for span in part)
+            few = len(part) if self.invariant else sum(1 for _ in takewhile(lambda span: span.n <= FEW, part))
+            yield Rows(
+                tokens[at : at + n],
+                [i for span in part for i in range(span.start, span.end)],
+                [slot for span in part for slot in span.slots(span.start)],
+                [s for s, span in enumerate(part) for _ in range(span.n)],
+                [span.pages for span in part],
+                [span.n for span in part[few:]],
+            )
+            at += n
 
     def _write_body(self) -> tuple[Program, Tensor]:
         p, m = Program(MOST, self.angles), self.model
@@ -107,20 +122,19 @@ class Decoder:
         return p, given, p.norm(x, module.norm.weight, module.norm.eps, "hidden")
 
 
-def rows_of(tokens: Sequence[int], spans: Sequence[Span]) -> Rows:
-    return Rows(
-        tokens,
-        [i for span in spans for i in range(span.start, span.end)],
-        [slot for span in spans for slot in span.slots(span.start)],
-        [s for s, span in enumerate(spans) for _ in range(span.n)],
-        [span.pages for span in spans],
-    )
-
-
-def parts(rows: Rows) -> list[Rows]:
-    """At most MOST rows each; a later part sees what an earlier one left in the cache."""
-    starts = range(0, len(rows.tokens), MOST)
-    return [Rows(*(numbers[at : at + MOST] for numbers in rows[:4]), rows.table) for at in starts]
+def cut(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
+    """The same tokens in the same order, at most so many in a part."""
+    part, room = [], most
+    for start, n, pages in spans:
+        while n:
+            taken = min(n, room)
+            part.append(Span(start, taken, pages))
+            start, n, room = start + taken, n - taken, room - taken
+            if not room:
+                yield part
+                part, room = [], most
+    if part:
+        yield part
 
 
 def write_block(p: Program, block: Block, x: Tensor, kept: tuple[Tensor, ...]) -> None:

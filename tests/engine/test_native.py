@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.engine import native
 from shoal.engine.attend import Span
 from shoal.engine.cache import Cache
-from shoal.engine.decode import MOST, Decoder, takes
+from shoal.engine.native import Native, cut, takes
 from shoal.model.attend import Packed
 from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from shoal.model.layers import Linear
@@ -45,7 +46,7 @@ MODELS = {"v3": V3, "v2": V2, "llama": LLAMA, "qwen": QWEN, "no shared expert": 
 N = 150  # tokens: more than a call takes, and pages
 
 
-def built(config: ModelConfig) -> tuple[Transformer, Decoder]:
+def built(config: ModelConfig, invariant: bool = True) -> tuple[Transformer, Native]:
     """Biases that matter, norms that aren't 1."""
     m = Transformer(config).init_weights(0)
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +56,7 @@ def built(config: ModelConfig) -> tuple[Transformer, Decoder]:
                 p += 0.2 * torch.randn(p.shape, generator=generator)
     m.set_dtype(torch.bfloat16)
     cache = Cache(config, config.n_layers + config.n_mtp, 8, torch.bfloat16, torch.device("cpu"))
-    return m, Decoder(m, cache)
+    return m, Native(m, cache, invariant)
 
 
 def errors(a: Tensor, b: Tensor) -> Tensor:
@@ -70,24 +71,28 @@ def assert_as_exact(ours: Tensor, narrow: Tensor, wide: Tensor) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("invariant", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_program_equals_the_forward_pass(name: str):
-    m, decoder = built(MODELS[name])
+def test_a_program_equals_the_forward_pass(monkeypatch, name: str, invariant: bool):
+    monkeypatch.setattr(native, "MOST", 100)
+    m, runner = built(MODELS[name], invariant)
     tokens = torch.tensor(prompt(N))
     exact = Transformer(m.config)
     exact.load_state_dict(m.state_dict())
     positions, attend = torch.arange(N), Packed([N])
     narrow, wide = (x.body(x.embed(tokens), positions, attend)[0] for x in (m, exact.float()))
-    hidden = decoder.body(tokens.tolist(), [Span(0, N, [5, 2, 7])])
+    pages, ids = [5, 2, 7], tokens.tolist()
+    begin = runner.body(ids[:7], [Span(0, 7, pages)])
+    hidden = torch.cat([begin, runner.body(ids[7:], [Span(7, 1, pages), Span(8, N - 8, pages)])])
     assert_as_exact(hidden, narrow, wide)
-    torch.testing.assert_close(decoder.head(hidden), m.head(hidden).float(), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(runner.head(hidden), m.head(hidden).float(), atol=0.02, rtol=0.02)
     if m.config.n_mtp:
         following = m.embed(tokens[1:])
         narrow, wide = (
             x.mtp[0](hidden[:-1].to(e.dtype), e, positions[:-1], Packed([N - 1]))[0]
             for x, e in ((m, following), (exact, following.float()))
         )
-        ours = decoder.module(hidden[:-1], tokens[1:].tolist(), [Span(0, N - 1, [5, 2, 7])])
+        ours = runner.module(hidden[:-1], tokens[1:].tolist(), [Span(0, N - 1, [5, 2, 7])])
         assert_as_exact(ours, narrow, wide)
 
 
@@ -95,30 +100,48 @@ def test_a_program_equals_the_forward_pass(name: str):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", ["v3", "llama"])
 def test_a_row_is_the_same_in_any_company(name: str, threads: int):
-    m, decoder = built(MODELS[name])
+    m, runner = built(MODELS[name])
     a, b = prompt(N, 1), prompt(N, 2)
-    whole = decoder.body(a, [Span(0, N, [0, 1, 2])])
+    whole = runner.body(a, [Span(0, N, [0, 1, 2])])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         mixed, at = [], 0
-        for n in (1, 2, 3, 4, 5, MOST, 1, N - MOST - 16):
+        for n in (1, 2, 3, 4, 5, 64, 1, N - 80):
             spans = [Span(at, n, [6, 3, 4]), Span(at, 1, [5, 7, 0])]
-            mixed.append(decoder.body([*a[at : at + n], b[at]], spans)[:-1])
+            mixed.append(runner.body([*a[at : at + n], b[at]], spans)[:-1])
             at += n
         assert at == N and torch.equal(torch.cat(mixed), whole)
-        assert torch.equal(torch.cat([decoder.head(whole[i : i + 1]) for i in range(5)]), decoder.head(whole)[:5])
+        assert torch.equal(torch.cat([runner.head(whole[i : i + 1]) for i in range(5)]), runner.head(whole)[:5])
     finally:
         torch.set_num_threads(before)
 
 
+@torch.no_grad()
+def test_chunks_of_several_streams_go_together():
+    m, runner = built(V3, invariant=False)
+    a, b, pages = prompt(N, 1), prompt(N, 2), ([0, 1, 2], [6, 4, 3])
+    alone = []
+    for x, p in ((a, pages[0]), (b, pages[1])):
+        alone.append([runner.body(x[:90], [Span(0, 90, p)]), runner.body(x[90:], [Span(90, 60, p)])])
+    runner.body(b[:90], [Span(0, 90, pages[0])])
+    mixed = runner.body([*b[90:], *a[:90]], [Span(90, 60, pages[0]), Span(0, 90, pages[1])])
+    assert torch.equal(mixed[:60], alone[1][1]) and torch.equal(mixed[60:], alone[0][0])
+
+
+def test_spans_are_cut_to_fit():
+    spans = [Span(3, 2, [0]), Span(0, 5, [1]), Span(7, 6, [2])]
+    parts = [[span[:2] for span in part] for part in cut(spans, 4)]
+    assert parts == [[(3, 2), (0, 2)], [(2, 3), (7, 1)], [(8, 4)], [(12, 1)]]
+
+
 def test_weights_may_change_in_place():
-    m, decoder = built(LLAMA)
-    before = decoder.body([1, 2, 3], [Span(0, 3, [0])])
+    m, runner = built(LLAMA)
+    before = runner.body([1, 2, 3], [Span(0, 3, [0])])
     with torch.no_grad():
         m.get_parameter("layers.1.attn.out.weight").mul_(2)
         after = m.body(m.embed(torch.tensor([1, 2, 3])), torch.arange(3), Packed([3]))[0]
-    fresh = decoder.body([1, 2, 3], [Span(0, 3, [0])])
+    fresh = runner.body([1, 2, 3], [Span(0, 3, [0])])
     assert errors(fresh, after).max() < 0.02 < errors(before, after).min()
 
 
