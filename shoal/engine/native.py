@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from shoal.engine.attend import FEW, Span
 from shoal.engine.cache import Cache
 from shoal.engine.pages import UNIT
-from shoal.engine.runner import Runner
+from shoal.engine.runner import Runner, spans_of
+from shoal.engine.scheduler import Work
 from shoal.model.block import Block
 from shoal.model.gqa import GroupedAttention
 from shoal.model.layers import Embedding, Linear, RMSNorm, SwiGLU
@@ -31,6 +32,7 @@ from shoal.ops import cpu
 from shoal.ops.program import Program, Routing, Rows
 
 MOST = 512  # rows in a call; more are cut
+DRAWN = 64  # rows of logits in a call
 ITS_OWN = {Transformer, Block, MTP, LatentAttention, GroupedAttention, MoE, SwiGLU, nn.ModuleList}
 ITS_OWN |= {Embedding, Linear, RMSNorm, Experts, Router}
 
@@ -51,14 +53,24 @@ class Native(Runner):
         self.invariant = invariant
         n_positions = len(cache.layers[0][0]) * UNIT
         self.angles = angles(torch.arange(min(n_positions, model.config.max_positions)), model.config)
-        self._body, self._hidden = self._write_body()
-        self._head, self._drawn, self._logits = self._write_head()
+        self._logits = torch.zeros(DRAWN, model.config.vocab_size)
+        self._body, self._hidden, self._before_head = self._write_body()
+        self._head, self._drawn = self._write_head()
         self._module = self._write_module() if len(cache.layers) > model.config.n_layers else None
+
+    def run(self, work: Sequence[Work]) -> tuple[Tensor, Tensor]:
+        """In one call where all rows are drawn from: that is, while streams decode."""
+        n = sum(len(w.tokens) for w in work)
+        if n > DRAWN or n > sum(w.draws for w in work):
+            return super().run(work)
+        (rows,) = self._parts([t for w in work for t in w.tokens], spans_of(work))
+        self._body.run(rows)
+        return self._hidden[:n].clone(), self._logits[:n].clone()
 
     def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
         hidden = []
         for rows in self._parts(tokens, spans):
-            self._body.run(rows)
+            self._body.run(rows, self._before_head)
             hidden.append(self._hidden[: len(rows.tokens)].clone())
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
@@ -74,7 +86,7 @@ class Native(Runner):
 
     def head(self, hidden_RD: Tensor) -> Tensor:
         logits = [hidden_RD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)]
-        for rows in hidden_RD.split(MOST) if len(hidden_RD) else ():
+        for rows in hidden_RD.split(DRAWN) if len(hidden_RD) else ():
             self._drawn[: len(rows)] = rows
             self._head.run(Rows(tokens=[0] * len(rows)))
             logits.append(self._logits[: len(rows)].clone())
@@ -96,18 +108,22 @@ class Native(Runner):
             )
             at += n
 
-    def _write_body(self) -> tuple[Program, Tensor]:
+    def _write_body(self) -> tuple[Program, Tensor, int]:
         p, m = Program(MOST, self.angles), self.model
         x = p.embed(m.embed.weight, "x")
         for block, kept in zip(m.layers, self.cache.layers):
             assert isinstance(block, Block)
             write_block(p, block, x, kept)
-        return p, p.norm(x, m.norm.weight, m.norm.eps, "hidden")
+        hidden = p.norm(x, m.norm.weight, m.norm.eps, "hidden")
+        before_head = len(p)
+        p.linear(hidden, m.head.weight, self._logits)
+        return p, hidden, before_head
 
-    def _write_head(self) -> tuple[Program, Tensor, Tensor]:
-        p = Program(MOST)
+    def _write_head(self) -> tuple[Program, Tensor]:
+        p = Program(DRAWN)
         x = p.rows("x", self.model.config.dim)
-        return p, x, p.linear(x, self.model.head.weight, "logits", wide=True)
+        p.linear(x, self.model.head.weight, self._logits)
+        return p, x
 
     def _write_module(self) -> tuple[Program, Tensor, Tensor]:
         p, m, module = Program(MOST, self.angles), self.model, self.model.mtp[0]
@@ -141,12 +157,12 @@ def write_block(p: Program, block: Block, x: Tensor, kept: tuple[Tensor, ...]) -
     """model/block.py: x + attention(norm x), then x + feed-forward(norm x)."""
     h = p.norm(x, block.attn_norm.weight, block.attn_norm.eps, "h")
     o = write_attention(p, block.attn, h, kept)
-    p.linear(o, block.attn.out.weight, onto=x)
+    p.linear(o, block.attn.out.weight, x, add=True)
     h = p.norm(x, block.ffn_norm.weight, block.ffn_norm.eps, "h")
     if isinstance(block.ffn, MoE):
         write_moe(p, block.ffn, h, x)
     else:
-        p.linear(p.gated(h, block.ffn.gate.weight, block.ffn.up.weight, "gated"), block.ffn.down.weight, onto=x)
+        p.linear(p.gated(h, block.ffn.gate.weight, block.ffn.up.weight, "gated"), block.ffn.down.weight, x, add=True)
 
 
 def write_attention(

@@ -26,8 +26,7 @@ class Runner:
 
     def run(self, work: Sequence[Work]) -> tuple[Tensor, Tensor]:
         """Hidden states after the final norm [T, D], in the order of `work`, and logits [R, V] (fp32)."""
-        spans = [Span(w.start, len(w.tokens), w.stream.pages) for w in work]
-        hidden_TD = self.body([t for w in work for t in w.tokens], spans)
+        hidden_TD = self.body([t for w in work for t in w.tokens], spans_of(work))
         rows = drawn_rows(work)
         return hidden_TD, self.head(hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows])
 
@@ -61,6 +60,10 @@ class RowByRow(Runner):
         # cloned: a product may round otherwise where its rows begin at another alignment
         rows = [super(RowByRow, self).head(row.clone()) for row in hidden_RD.split(1)]
         return torch.cat(rows) if rows else super().head(hidden_RD)
+
+
+def spans_of(work: Sequence[Work]) -> list[Span]:
+    return [Span(w.start, len(w.tokens), w.stream.pages) for w in work]
 
 
 def drawn_rows(work: Sequence[Work]) -> list[int]:

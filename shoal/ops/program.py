@@ -104,28 +104,33 @@ class Program:
             self._buffers[name, width] = torch.zeros(self.most, width, dtype=dtype)
         return self._buffers[name, width]
 
+    def _to(self, to: str | Tensor, width: int) -> Tensor:
+        return self.rows(to, width) if isinstance(to, str) else to
+
+    def __len__(self) -> int:
+        """Instructions so far."""
+        return len(self._code)
+
     def embed(self, weight_VD: Tensor, to: str) -> Tensor:
         y = self.rows(to, weight_VD.shape[1])
         return self._add(Kind.EMBED, y=y, w=weight_VD, N=weight_VD.shape[1])
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, to: str | Tensor, beside: bool = False) -> Tensor:
-        y = self.rows(to, len(weight)) if isinstance(to, str) else to
-        return self._add(Kind.NORM, beside, x=x, w=weight, y=y, K=len(weight), eps=eps)
+        return self._add(Kind.NORM, beside, x=x, w=weight, y=self._to(to, len(weight)), K=len(weight), eps=eps)
 
     def linear(
         self,
         x: Tensor,
         weight_NK: Tensor,
-        to: str = "",
+        to: str | Tensor,
         bias: Tensor | None = None,
-        onto: Tensor | None = None,
-        wide: bool = False,
+        add: bool = False,
         beside: bool = False,
     ) -> Tensor:
-        """x Wᵀ (+ bias): in a buffer of its own, or added `onto` one; fp32 if `wide`."""
+        """x Wᵀ (+ bias), put where `to` says or added to what stands there; fp32 where that is fp32."""
         N, K = weight_NK.shape
-        y = self.rows(to, N, torch.float32 if wide else torch.bfloat16) if onto is None else onto
-        flags = (Flag.WIDE if wide else 0) | (Flag.ADD if onto is not None else 0)
+        y = self._to(to, N)
+        flags = (Flag.WIDE if y.dtype is torch.float32 else 0) | (Flag.ADD if add else 0)
         return self._add(Kind.LINEAR, beside, x=x, w=weight_NK, bias=bias, y=y, N=N, K=K, flags=flags)
 
     def gated(self, x: Tensor, gate_NK: Tensor, up_NK: Tensor, to: str, beside: bool = False) -> Tensor:
@@ -206,8 +211,8 @@ class Program:
         self._compiled = (_Instruction * len(self._code))(*self._code)
         return arguments["y"] if "y" in arguments else arguments["x"]
 
-    def run(self, rows: Rows) -> None:
-        """One step; what `rows` lack, no instruction may ask for."""
+    def run(self, rows: Rows, n: int | None = None) -> None:
+        """One step, or its first `n` instructions. What `rows` lack, none of them may ask for."""
         T = len(rows.tokens)
         assert 0 < T <= self.most, (T, self.most)
         s, P = self._step, max(map(len, rows.table), default=0)
@@ -224,4 +229,4 @@ class Program:
         held = {name: array("q", numbers) for name, numbers in lists.items()}
         for name, numbers in held.items():
             setattr(s, name, numbers.buffer_info()[0])
-        cpu.run_program(self._compiled, len(self._code), byref(s))
+        cpu.run_program(self._compiled, len(self._code) if n is None else n, byref(s))
