@@ -332,8 +332,7 @@ class LocalEngine:
 
     def _keep_full_pages(self, stream: Stream) -> None:
         """Let others find what this stream computed."""
-        done = stream.module_computed if self._speculator else stream.computed
-        while (stream.kept + 1) * UNIT <= done:
+        while (stream.kept + 1) * UNIT <= stream.computed:
             self._scheduler.pages.keep(stream.pages[stream.kept], stream.key(stream.kept))
             stream.kept += 1
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shoal.engine.attend import FEW, Span
 from shoal.engine.cache import Cache
 from shoal.engine.pages import UNIT
-from shoal.engine.runner import Runner, spans_of
+from shoal.engine.runner import Runner, ends, spans_of
 from shoal.engine.scheduler import Work
 from shoal.model.block import Block
 from shoal.model.gqa import GroupedAttention
@@ -56,7 +56,7 @@ class Native(Runner):
         self._logits = torch.zeros(DRAWN, model.config.vocab_size)
         self._body, self._hidden, self._before_head = self._write_body()
         self._head, self._drawn = self._write_head()
-        self._module = self._write_module() if len(cache.layers) > model.config.n_layers else None
+        self._drafter = self._write_module() if len(cache.layers) > model.config.n_layers else None
 
     def run(self, work: Sequence[Work]) -> tuple[Tensor, Tensor]:
         """In one call where all rows are drawn from: that is, while streams decode."""
@@ -74,15 +74,30 @@ class Native(Runner):
             hidden.append(self._hidden[: len(rows.tokens)].clone())
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def module(self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        assert self._module
-        program, given, made = self._module
+    def module(
+        self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span], drawn: Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """In one call where rows are few; those that aren't drawn from then have logits, too."""
+        if len(following) > DRAWN:
+            return super().module(hidden_TD, following, spans, drawn)
+        made = self._run_module(hidden_TD, following, spans, with_head=True)
+        last = ends(spans, drawn)
+        return made[last], self._logits[last]
+
+    def _module(self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        return self._run_module(hidden_TD, following, spans, with_head=False)
+
+    def _run_module(
+        self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span], with_head: bool
+    ) -> Tensor:
+        assert self._drafter
+        program, given, made, before_head = self._drafter
         hidden = []
         for rows, given_TD in zip(self._parts(following, spans), hidden_TD.split(MOST), strict=True):
             given[: len(given_TD)] = given_TD
-            program.run(rows)
+            program.run(rows, None if with_head else before_head)
             hidden.append(made[: len(given_TD)].clone())
-        return torch.cat(hidden)
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def head(self, hidden_RD: Tensor) -> Tensor:
         logits = [hidden_RD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)]
@@ -125,7 +140,7 @@ class Native(Runner):
         p.linear(x, self.model.head.weight, self._logits)
         return p, x
 
-    def _write_module(self) -> tuple[Program, Tensor, Tensor]:
+    def _write_module(self) -> tuple[Program, Tensor, Tensor, int]:
         p, m, module = Program(MOST, self.angles), self.model, self.model.mtp[0]
         assert isinstance(module, MTP)
         D = m.config.dim
@@ -135,7 +150,10 @@ class Native(Runner):
         p.norm(given, module.hidden_norm.weight, module.hidden_norm.eps, both[:, D:])
         x = p.linear(both, module.proj.weight, "x")
         write_block(p, module.block, x, self.cache.layers[m.config.n_layers])
-        return p, given, p.norm(x, module.norm.weight, module.norm.eps, "hidden")
+        made = p.norm(x, module.norm.weight, module.norm.eps, "hidden")
+        before_head = len(p)
+        p.linear(made, m.head.weight, self._logits)
+        return p, given, made, before_head
 
 
 def cut(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:

@@ -10,6 +10,7 @@ Shapes: T tokens of the step, D model, R rows drawn from, V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,8 +36,18 @@ class Runner:
         embedded_TD = self.model.embed(self._tensor(tokens))
         return self.model.body(embedded_TD, self._positions(spans), Paged(self.cache, spans))[0]
 
-    def module(self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        """The first multi-token module's hidden states [T, D], from the model's and the tokens that follow."""
+    def module(
+        self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span], drawn: Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """The first multi-token module on the model's hidden states and the tokens that follow.
+
+        Its own hidden state [R, D] and logits [R, V] (fp32) at the end of each span that is `drawn` from.
+        """
+        last = ends(spans, drawn)
+        hidden_RD = self._module(hidden_TD, following, spans)[last]
+        return hidden_RD, self.head(hidden_RD)
+
+    def _module(self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span]) -> Tensor:
         embedded_TD = self.model.embed(self._tensor(following))
         return self.model.mtp[0](hidden_TD, embedded_TD, self._positions(spans), Paged(self.cache, spans))[0]
 
@@ -64,6 +75,12 @@ class RowByRow(Runner):
 
 def spans_of(work: Sequence[Work]) -> list[Span]:
     return [Span(w.start, len(w.tokens), w.stream.pages) for w in work]
+
+
+def ends(spans: Sequence[Span], drawn: Sequence[bool]) -> list[int]:
+    """The last row of each span that is drawn from."""
+    after = accumulate(span.n for span in spans)
+    return [end - 1 for end, draws in zip(after, drawn, strict=True) if draws]
 
 
 def drawn_rows(work: Sequence[Work]) -> list[int]:

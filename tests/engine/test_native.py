@@ -92,8 +92,10 @@ def test_a_program_equals_the_forward_pass(monkeypatch, name: str, invariant: bo
             x.mtp[0](hidden[:-1].to(e.dtype), e, positions[:-1], Packed([N - 1]))[0]
             for x, e in ((m, following), (exact, following.float()))
         )
-        ours = runner.module(hidden[:-1], tokens[1:].tolist(), [Span(0, N - 1, [5, 2, 7])])
+        ours = runner._module(hidden[:-1], tokens[1:].tolist(), [Span(0, N - 1, [5, 2, 7])])
         assert_as_exact(ours, narrow, wide)
+        last, logits = runner.module(hidden[-3:-1], tokens[-2:].tolist(), [Span(N - 3, 2, [5, 2, 7])], [True])
+        assert errors(last, ours[-1:]) < 0.05 and torch.equal(logits, runner.head(last))
 
 
 @torch.no_grad()

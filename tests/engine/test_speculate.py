@@ -98,11 +98,10 @@ class Kept(Packed):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("drafting", [True, False])
 @pytest.mark.parametrize("m, V", [(model(), 512), (foresighted(), 16)], ids=["wrong", "right"])
-def test_the_modules_rows_are_as_if_computed_in_one_pass(m: Transformer, V: int, drafting: bool):
-    """Through drafts accepted and refused, and through a rest in which the module lags behind."""
-    engine = speculating(m, 3, drafting=drafting, max_batch_tokens=40)
+def test_the_modules_rows_are_as_if_computed_in_one_pass(m: Transformer, V: int):
+    """Through drafts accepted and refused."""
+    engine = speculating(m, 3, max_batch_tokens=40)
     asked = request(prompt(90, 5, V), 110)
     result = engine.generate([asked])[0]
     tokens = list(asked.tokens) + ids(result)
@@ -115,8 +114,36 @@ def test_the_modules_rows_are_as_if_computed_in_one_pass(m: Transformer, V: int,
     for layer, (latent_PUW,) in enumerate(engine._cache.layers):
         kept = latent_PUW[pages].flatten(0, 1)
         torch.testing.assert_close(kept, attend.rows[layer][: 3 * UNIT], atol=2e-4, rtol=1e-3)
-    assert (result.usage.drafted > 0) == drafting
+    assert result.usage.drafted > 0
     engine._scheduler.pages.give(pages)
+    engine.close()
+
+
+class AtLast(Worth):
+    """Rests until `wake`."""
+
+    wake = False
+
+    def __call__(self, streams: int) -> bool:
+        return self.wake
+
+
+def test_a_rest_costs_nothing_and_a_trial_begins_with_some_context():
+    m, V = foresighted(), 16
+    engine = speculating(m, 1, max_batch_tokens=40)
+    assert engine._speculator is not None
+    engine._speculator.worth, told = AtLast(), []
+    runs, module = [], engine._runner.module
+    engine._runner.module = lambda *a: runs.append(len(a[1])) or module(*a)  # type: ignore[method-assign]
+
+    def sink(step) -> None:
+        told.extend(step.tokens)
+        engine._speculator.worth.wake = len(told) >= 100  # type: ignore[union-attr]
+
+    result = engine.generate([request(prompt(90, 5, V), 160, sink=sink)])[0]
+    assert ids(result) == expected(m, prompt(90, 5, V), 160)
+    assert UNIT - 40 < runs[0] <= UNIT + 1 and sum(runs) < UNIT + 70
+    assert result.usage.accepted == result.usage.drafted > 25
     engine.close()
 
 
