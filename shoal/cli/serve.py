@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from shoal.cli.accounts import add_db, journals, needs_serve, open_ledger
 from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, open_model
 from shoal.errors import ConfigError, ResourceError
+from shoal.runtime import cache_root
 
 if TYPE_CHECKING:
     from shoal.engine.engine import LocalEngine
@@ -29,6 +30,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--name", help="what the API calls the model; default: its run or folder")
     parser.add_argument("--context", type=int, help="most tokens of prompt and completion; default: the model's")
     parser.add_argument("--memory", metavar="SIZE", help="for the cache, like 6GiB; default: a share of what is free")
+    parser.add_argument(
+        "--cache-disk", metavar="SIZE", help="keep that much of the cache in files too, also for the next start"
+    )
+    parser.add_argument(
+        "--cache-folder", type=Path, metavar="PATH", help="for these files; default ~/.cache/shoal/pages"
+    )
     parser.add_argument("--keys", choices=("required", "off"), help="default: off on loopback, required elsewhere")
     parser.add_argument("--prices", metavar="HIT/MISS/OUT", help="dollars a million tokens, like 0.07/0.27/1.10")
     parser.add_argument("--speculate", type=int, default=0, metavar="N", help="draft N tokens ahead; default 0")
@@ -40,7 +47,7 @@ def main(argv: list[str]) -> int:
     add_db(parser)
     args = parser.parse_args(argv)
     required = keys_required(args.host, args.keys)
-    memory = None if args.memory is None else size(args.memory)
+    memory, on_disk = (None if text is None else size(text) for text in (args.memory, args.cache_disk))
     port_is_free(args.host, args.port)
     try:
         import shoal.server.http  # noqa: F401  # before the weights are read: a missing package is said at once
@@ -48,7 +55,7 @@ def main(argv: list[str]) -> int:
         raise needs_serve(e) from None
     ledger = open_ledger(args.db)
     opened = open_model(args.model, args.dtype, args.threads)
-    engine = make_engine(opened, memory, args)
+    engine = make_engine(opened, memory, on_disk, args)
     server = make_server(opened, engine, ledger, required, args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     tell(server, required, ledger, args)
@@ -80,7 +87,7 @@ def size(text: str) -> int:
     """Bytes of 512MiB, 6GiB, 2GB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
     if not match or match[2].upper() not in UNITS:
-        raise ConfigError(f"--memory {text!r}", "a size like 512MiB or 6GiB", "write it so")
+        raise ConfigError(f"the size {text!r}", "a size like 512MiB or 6GiB", "write it so")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -96,15 +103,18 @@ def port_is_free(host: str, port: int) -> None:
         raise ResourceError(f"{host} port {port}: {why}", "an address that is free here", "try --port 0") from None
 
 
-def make_engine(opened: Opened, memory: int | None, args: argparse.Namespace) -> "LocalEngine":
+def make_engine(opened: Opened, memory: int | None, on_disk: int | None, args: argparse.Namespace) -> "LocalEngine":
+    from shoal.engine.disk import Disk, maker
     from shoal.engine.engine import LocalEngine
 
+    folder = args.cache_folder or cache_root() / "pages"
     return LocalEngine(
         opened.model,
         memory,
         context=args.context,
         speculate=args.speculate,
         deterministic=args.deterministic,
+        disk=None if on_disk is None else Disk(folder, on_disk, maker(opened.folder)),
     )
 
 

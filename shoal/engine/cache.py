@@ -48,6 +48,16 @@ class Cache:
     def read(self, layer: int, slots_S: Tensor) -> list[Tensor]:
         return [kept.flatten(0, 1).index_select(0, slots_S) for kept in self.layers[layer]]
 
+    def page(self, page: int) -> Tensor:
+        """A copy of all that a page holds, [n] uint8 on the CPU."""
+        return torch.cat([kept[page].flatten().view(torch.uint8) for layer in self.layers for kept in layer]).cpu()
+
+    def set_page(self, page: int, data_N: Tensor) -> None:
+        """The inverse of `page`."""
+        all_kept = [kept for layer in self.layers for kept in layer]
+        for kept, part in zip(all_kept, data_N.split([kept[page].nbytes for kept in all_kept]), strict=True):
+            kept[page] = part.view(kept.dtype).view(kept.shape[1:])
+
     def clear(self, pages: Sequence[int]) -> None:
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         for layer in self.layers:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from shoal.engine import native, sampler
 from shoal.engine.cache import Cache, bytes_per_token
+from shoal.engine.disk import Disk
 from shoal.engine.gather import Gatherer, Result
-from shoal.engine.pages import UNIT, Pages, units
+from shoal.engine.pages import UNIT, Key, Pages, units
 from shoal.engine.request import Finish, Request, Stats, Step, Token
 from shoal.engine.runner import RowByRow, Runner
 from shoal.engine.scheduler import Scheduler, Work
@@ -34,12 +35,14 @@ from shoal.engine.speculate import Speculator
 from shoal.engine.stream import Stream
 from shoal.errors import RequestError, ResourceError
 from shoal.model.transformer import Transformer
+from shoal.ops.dispatch import describe
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 512  # in a step: prompts are cut into chunks so that decoding streams never wait for long
 SHARE_OF_MEMORY = 0.25  # of what is free, for the cache, where nothing is said; at most CONTEXTS whole contexts
 CONTEXTS = 16
+LOAD_BYTES = 2**22  # of pages from the disk in a step, a few milliseconds of it
 IDLE_SECONDS = 0.2  # without a request, before the books are checked
 
 FAILED = "the engine failed on this request; it has been logged"
@@ -66,10 +69,12 @@ class LocalEngine:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         speculate: int = 0,
         deterministic: bool = False,
+        disk: Disk | None = None,
     ):
         """`memory_bytes` are for the cache. `speculate`: how many tokens ahead the model's module may draft (0: none).
 
         `deterministic`: a request's tokens and log-probabilities depend on nothing but itself (see runner.RowByRow).
+        `disk` keeps full pages beyond memory; it is closed with the engine.
         """
         weight, config = model.embed.weight, model.config
         depth = speculate if config.n_mtp else 0
@@ -81,13 +86,19 @@ class LocalEngine:
         self._cache = Cache(config, n_layers, n_pages, weight.dtype, weight.device)
         self._runner = _runner(model, self._cache, deterministic)
         self._speculator = Speculator(self._runner, depth) if depth else None
-        self._make_scheduler = lambda: Scheduler(Pages(n_pages), max_batch_tokens, depth)
+        self._disk, on_disk = disk, disk.has if disk else _nothing
+        if disk:
+            _page_fits(disk.max_bytes, self.bytes_per_token * UNIT, "the cache on disk")
+            weights = [(name, weight.dtype, weight.shape) for name, weight in model.state_dict().items()]
+            machine = (type(self._runner), torch.__version__, torch.get_num_threads(), describe()) if deterministic else ()
+            disk.depends_on(weights, n_layers, machine)
+        self._make_scheduler = lambda: Scheduler(Pages(n_pages), max_batch_tokens, depth, on_disk)
         self._scheduler = self._make_scheduler()
         self._live: dict[Request, Stream] = {}
         self._inbox: list[Stream] = []
         self._cancelled: list[Request] = []
         self._arrivals = self._steps = self._tokens_in = self._tokens_cached = 0
-        self._tokens_out = self._drafted = self._accepted = 0
+        self._tokens_out = self._drafted = self._accepted = self._loaded = 0
         self._closing = self._forgetting = self._died = False
         self._seeds = random.SystemRandom()
         self._wake = Condition()  # its lock guards all of the above but the tensors
@@ -142,6 +153,8 @@ class LocalEngine:
                 drafted=self._drafted,
                 accepted=self._accepted,
                 steps=self._steps,
+                disk_pages=self._disk.pages if self._disk else 0,
+                disk_hits=self._loaded,
             )
 
     def forget(self) -> None:
@@ -158,6 +171,9 @@ class LocalEngine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        if self._disk:
+            self._disk.close()
+            self._disk = None
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Submit all, wait for all; their sinks are called as well. Interrupted, it cancels what still runs."""
@@ -234,11 +250,15 @@ class LocalEngine:
             streams, self._scheduler, self._inbox = list(self._live.values()), self._make_scheduler(), []
             self._cache.clear(range(self._scheduler.pages.n))
             self._live.clear()
+        if self._disk:
+            self._disk.forget()
         for stream in streams:
             self._tell(stream, finish="error", error=FAILED)
 
     def _step(self) -> None:
         self._take_in()
+        if self._disk:
+            self._load(self._disk)
         with self._wake:
             work = self._scheduler.schedule()
         if not work:
@@ -263,6 +283,8 @@ class LocalEngine:
             if self._forgetting:
                 self._forgetting = False
                 self._scheduler.forget()
+                if self._disk:
+                    self._disk.forget()
             for stream in inbox:
                 self._scheduler.add(stream)
                 self._tokens_in += stream.n_prompt
@@ -293,7 +315,32 @@ class LocalEngine:
             self._steps += 1
             for stream in whole:
                 self._keep_full_pages(stream)
+        if self._disk:
+            for stream in whole:
+                self._store(self._disk, stream)
         return gains
+
+    def _load(self, disk: Disk) -> None:
+        """Pages from the disk for whom they spare computing, so few a step that decoding streams hardly wait."""
+        left, page_bytes = LOAD_BYTES, UNIT * self.bytes_per_token
+        for stream in self._scheduler.running:
+            while left > 0 and self._scheduler.loads(stream):
+                page, key = stream.pages[stream.kept], stream.key(stream.kept)
+                data_N = disk.read(key, page_bytes)
+                left -= page_bytes
+                if data_N is not None:
+                    self._cache.set_page(page, data_N)
+                    with self._wake:
+                        self._scheduler.pages.keep(page, key)
+                        stream.load()
+                        self._loaded += 1
+
+    def _store(self, disk: Disk, stream: Stream) -> None:
+        """Offer the stream's full pages to the disk, each once."""
+        for unit in range(stream.stored, stream.kept):
+            if disk.wants(stream.key(unit), UNIT * self.bytes_per_token):
+                disk.write(stream.key(unit), self._cache.page(stream.pages[unit]))
+        stream.stored = stream.kept
 
     def _draw(self, work: list[Work], logits_RV: Tensor) -> list[Gain]:
         finite_R = logits_RV.sum(-1).isfinite()
@@ -346,6 +393,8 @@ class LocalEngine:
             self._tokens_cached += stream.cached or 0
             if error:
                 self._scheduler.pages.forget(pages)
+                if self._disk:
+                    self._disk.drop([stream.key(unit) for unit in range(stream.kept)])
             self._scheduler.remove(stream)
             if error:
                 self._cache.clear([page for page in pages if not self._scheduler.pages.owners(page)])
@@ -368,11 +417,19 @@ def _runner(model: Transformer, cache: Cache, deterministic: bool) -> Runner:
     return (RowByRow if deterministic else Runner)(model, cache)
 
 
+def _nothing(key: Key) -> bool:
+    return False
+
+
 def _pages_that_fit(memory_bytes: int | None, page_bytes: int, a_context: int, device: torch.device) -> int:
     if memory_bytes is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         memory_bytes = min(int(SHARE_OF_MEMORY * free), CONTEXTS * a_context * page_bytes)
-    if memory_bytes < page_bytes:
-        fix = f"give it at least {page_bytes} bytes"
-        raise ResourceError(f"{memory_bytes} bytes for the cache", f"room for a page of {page_bytes} bytes", fix)
+    _page_fits(memory_bytes, page_bytes, "the cache")
     return memory_bytes // page_bytes
+
+
+def _page_fits(n_bytes: int, page_bytes: int, what: str) -> None:
+    if n_bytes < page_bytes:
+        fix = f"give it at least {page_bytes} bytes"
+        raise ResourceError(f"{n_bytes} bytes for {what}", f"room for a page of {page_bytes} bytes", fix)

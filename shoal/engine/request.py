@@ -105,6 +105,8 @@ class Stats:
     drafted: int
     accepted: int
     steps: int
+    disk_pages: int = 0
+    disk_hits: int = 0
 
 
 class Engine(Protocol):

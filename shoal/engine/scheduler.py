@@ -7,14 +7,16 @@ than the budget has tokens, so none waits for a step that others fill.
 A stream is admitted when the cache has room for all its tokens so far, and a page more for each one running. It is
 passed over while another computes the prefix that both begin with: many answers to one prompt compute it once. Where a
 decoding stream finds no page to grow into, the last in order gives all of its pages back and waits; when it returns it
-computes again what can't be found in the cache. Nothing can block for ever: the first in order may take every page
-from the others, all pages together hold the longest request, and who waits holds nothing.
+computes again what can't be found in the cache. A prompt whose next unit is on the disk computes
+nothing until the engine has read it. Nothing can block for ever: the first in order may take every page from the
+others, all pages together hold the longest request, and who waits holds nothing.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from typing import NamedTuple
 
-from shoal.engine.pages import UNIT, Pages, units
+from shoal.engine.pages import UNIT, Key, Pages, units
 from shoal.engine.stream import Stream
 
 
@@ -32,10 +34,16 @@ def order(stream: Stream) -> tuple[int, int]:
 
 
 class Scheduler:
-    def __init__(self, pages: Pages, max_batch_tokens: int, lookahead: int = 0):
+    def __init__(
+        self,
+        pages: Pages,
+        max_batch_tokens: int,
+        lookahead: int = 0,
+        on_disk: Callable[[Key], bool] = lambda key: False,
+    ):
         """`lookahead`: positions behind the last token that drafting may write to."""
         assert max_batch_tokens > 0 and lookahead >= 0, (max_batch_tokens, lookahead)
-        self.pages, self.max_batch_tokens, self.lookahead = pages, max_batch_tokens, lookahead
+        self.pages, self.max_batch_tokens, self.lookahead, self.on_disk = pages, max_batch_tokens, lookahead, on_disk
         self.waiting: list[Stream] = []  # both in order
         self.running: list[Stream] = []
         self.preemptions = 0
@@ -56,7 +64,7 @@ class Scheduler:
         return 0 if stream in self.running else bisect_left(self.waiting, stream.order, key=order)
 
     def schedule(self) -> list[Work]:
-        """The next step, the fewest tokens first. Empty only where nothing waits or runs."""
+        """The next step, the fewest tokens first. Empty only where nothing waits or runs, or all that runs `loads`."""
         before = self.preemptions
         work = self._decode([s for s in self.running if s.decoding])
         budget = self.max_batch_tokens - sum(len(w.tokens) for w in work)
@@ -86,7 +94,16 @@ class Scheduler:
                 work.append(Work(stream, stream.computed, tokens, len(tokens)))
         return work
 
+    def loads(self, stream: Stream) -> bool:
+        """Whether what the stream needs next is on the disk: a whole unit, and not the last token."""
+        unit, inside = divmod(stream.computed, UNIT)
+        if inside or stream.pending or stream.computed + UNIT >= len(stream.tokens):
+            return False
+        return self.on_disk(stream.key(unit))
+
     def _prefill(self, stream: Stream, budget: int, work: list[Work]) -> int:
+        if self.loads(stream):
+            return 0
         tokens = stream.tokens[stream.computed : stream.computed + budget]
         if tokens:
             whole = stream.computed + len(tokens) == len(stream.tokens)

@@ -42,14 +42,25 @@ class Stream:
 
     def hold(self, pages: list[int], computed: int) -> None:
         """Own these pages, of which `computed` tokens' rows are filled (shared, and kept under their keys already)."""
-        self.pages, self.computed, self.kept = pages, computed, computed // UNIT
+        self.pages, self.computed, self.kept, self.stored = pages, computed, computed // UNIT, 0
         self.module_computed, self.pending, self.drafts = computed, [], []
-        if pages and self.cached is None:
+        self.first = bool(pages) and self.cached is None
+        if self.first:
             self.cached = computed
 
+    def load(self) -> None:
+        """The next unit's rows came from the disk, all of them."""
+        assert self.kept * UNIT == self.computed and not self.pending, (self.kept, self.computed)
+        if self.first and self.cached == self.computed:
+            self.cached = self.computed + UNIT
+        self.computed = self.module_computed = self.computed + UNIT
+        self.kept += 1
+
+    first: bool  # whether it has these pages since it was first admitted
+    stored: int  # of its pages, offered to the disk
     pending: list[Tensor]  # [n, D] each: final hidden states of positions module_computed to computed
     drafts: list[Draft]
-    cached: int | None  # of the prompt, found when it was first admitted
+    cached: int | None  # of the prompt, found without computing it when it was first admitted
     told: int  # tokens that the sink was given
 
     @property

@@ -10,7 +10,13 @@ from shoal.engine.request import Stats
 from shoal.server.ledger import UsageRow
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
-GAUGES = {"running": "requests in the batch", "waiting": "requests queued", "pages": "cache pages", "pages_used": ""}
+GAUGES = {
+    "running": "requests in the batch",
+    "waiting": "requests queued",
+    "pages": "cache pages",
+    "pages_used": "",
+    "disk_pages": "pages of the prefix cache in files",
+}
 COUNTERS = {
     "tokens_in": "prompt tokens read",
     "tokens_cached": "prompt tokens found in the prefix cache",
@@ -18,6 +24,7 @@ COUNTERS = {
     "drafted": "tokens drafted by the multi-token module",
     "accepted": "drafted tokens that stood",
     "steps": "engine steps",
+    "disk_hits": "pages read from files",
 }
 
 
