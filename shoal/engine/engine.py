@@ -8,8 +8,11 @@
 
 Requests and cancellations are taken in between steps, so a cancelled one ends within a step. What fails in a step ends
 the requests that were in it, with finish "error", and nobody else; pages they filled are wiped and never found again.
-Whenever it idles the engine checks all of its books. Should its thread die, everybody hears of it: those under way, and
-whoever submits or asks for stats from then on.
+Whenever it idles the engine checks all of its books.
+
+What a step can't contain (books that are wrong, a thread told to end, FAULTS failed steps in a row) ends everybody, and
+the engine begins anew with an empty cache. Where that keeps happening, with no whole step between, it rests before,
+longer each time; while it rests, whoever submits or asks for stats is told.
 """
 
 import logging
@@ -44,9 +47,11 @@ SHARE_OF_MEMORY = 0.25  # of what is free, for the cache, where nothing is said;
 CONTEXTS = 16
 LOAD_BYTES = 2**22  # of pages from the disk in a step, a few milliseconds of it
 IDLE_SECONDS = 0.2  # without a request, before the books are checked
+FAULTS = 3  # in a row, before the engine rests
+LONGEST_REST = 60  # seconds
 
 FAILED = "the engine failed on this request; it has been logged"
-DIED = "the engine's thread has died; the log says of what"
+DOWN = "the engine is down after a fault; the log says of what"
 NOT_FINITE = "the model gave numbers that are not finite"
 
 
@@ -99,10 +104,11 @@ class LocalEngine:
         self._cancelled: list[Request] = []
         self._arrivals = self._steps = self._tokens_in = self._tokens_cached = 0
         self._tokens_out = self._drafted = self._accepted = self._loaded = 0
-        self._closing = self._forgetting = self._died = False
+        self._faults = 0  # since the last whole step
+        self._closing = self._forgetting = self._down = False
         self._seeds = random.SystemRandom()
         self._wake = Condition()  # its lock guards all of the above but the tensors
-        self._thread = Thread(target=self._live_and_die, name="engine", daemon=True)
+        self._thread = Thread(target=self._live_on, name="engine", daemon=True)
         self._thread.start()
 
     @property
@@ -138,7 +144,7 @@ class LocalEngine:
             return self._scheduler.position(stream) + queued
 
     def stats(self) -> Stats:
-        """Raises RuntimeError once the thread has died."""
+        """Raises RuntimeError while the engine is down."""
         with self._wake:
             self._check_alive()
             s = self._scheduler
@@ -207,34 +213,32 @@ class LocalEngine:
         sampler.check(request.sampling, vocab)
 
     def _check_alive(self) -> None:
-        if not self._closing and (self._died or not self._thread.is_alive()):
-            raise RuntimeError(DIED)
+        if not self._closing and (self._down or not self._thread.is_alive()):
+            raise RuntimeError(DOWN)
 
     # From here on, the engine's thread.
 
-    def _live_and_die(self) -> None:
-        try:
-            self._loop()
-        except BaseException:
-            with self._wake:
-                self._died, streams = True, list(self._live.values())
-                self._live.clear()
-            log.critical("the engine dies", exc_info=True)
-            for stream in streams:
-                self._tell(stream, finish="error", error=FAILED)
-
-    def _loop(self) -> None:
+    def _live_on(self) -> None:
         while True:
             try:
-                with self._wake:
-                    if not self._wake.wait_for(self._due, IDLE_SECONDS):
-                        self._scheduler.check()
-                        self._wake.wait_for(self._due)
-                    if self._closing:
-                        break
-                self._step()
-            except Exception:
-                self._start_over()
+                return self._loop()
+            except BaseException:  # also what would end a thread: it is the only one we have
+                log.critical("the engine begins anew", exc_info=True)
+                if self._disk:
+                    self._disk.forget()
+                self._begin_anew()
+
+    def _loop(self) -> None:
+        if self._faults:
+            self._cache.clear(range(self._scheduler.pages.n))
+        while True:
+            with self._wake:
+                if not self._wake.wait_for(self._due, IDLE_SECONDS):
+                    self._scheduler.check()
+                    self._wake.wait_for(self._due)
+                if self._closing:
+                    break
+            self._step()
         self._take_in()
         for stream in list(self._live.values()):
             self._end(stream, "cancelled")
@@ -243,17 +247,20 @@ class LocalEngine:
         s = self._scheduler
         return bool(self._closing or self._forgetting or self._inbox or self._cancelled or s.running or s.waiting)
 
-    def _start_over(self) -> None:
-        """The books themselves are wrong, a fault of ours: end all requests, begin with an empty cache."""
-        log.exception("the engine starts over")
+    def _begin_anew(self) -> None:
+        """End all requests, keep nothing of what was computed, and rest if this isn't the first fault in a row."""
         with self._wake:
-            streams, self._scheduler, self._inbox = list(self._live.values()), self._make_scheduler(), []
-            self._cache.clear(range(self._scheduler.pages.n))
+            self._faults += 1
+            rest = min(2 ** (self._faults - FAULTS - 1), LONGEST_REST) if self._faults > FAULTS else 0
+            streams, self._scheduler = list(self._live.values()), self._make_scheduler()
             self._live.clear()
-        if self._disk:
-            self._disk.forget()
+            self._tokens_cached += sum(stream.cached or 0 for stream in streams)
+            self._inbox, self._down = [], rest > 0
         for stream in streams:
             self._tell(stream, finish="error", error=FAILED)
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing, rest)
+            self._down = False
 
     def _step(self) -> None:
         self._take_in()
@@ -266,16 +273,20 @@ class LocalEngine:
         try:
             with torch.inference_mode():
                 gains = self._compute(work)
+            self._faults = self._faults + 1 if all(gain.error == NOT_FINITE for gain in gains) else 0
         except Exception:
+            self._faults += 1
             log.exception("a step of %d requests failed", len(work))
-            for w in work:
-                self._end(w.stream, "error", error=FAILED)
-            return
+            gains = [Gain(w.stream, (), FAILED) for w in work]
+        self._down = self._faults >= FAULTS  # before anybody is told
         for stream, tokens, error in gains:
             if error or stream.finish:
                 self._end(stream, "error" if error else stream.finish, tokens, error)
             elif tokens:
                 self._tell(stream, tokens)
+        if self._down:
+            log.critical("the engine begins anew: %d faults in a row", self._faults)
+            self._begin_anew()
 
     def _take_in(self) -> None:
         with self._wake:

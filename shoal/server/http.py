@@ -104,8 +104,9 @@ class Api:
         return router
 
     async def health(self) -> Response:
-        """The process answers."""
-        return JSONResponse({"status": "ok"})
+        """The process answers and its engine runs: what a supervisor should watch, and restart the server by."""
+        why = self.service.engine_fault
+        return JSONResponse({"status": "ok" if why is None else why}, 200 if why is None else 503)
 
     async def ready(self) -> Response:
         """New requests would be taken."""

@@ -309,13 +309,16 @@ class Service:
                 self.journal_fault = None
 
     async def watch_engine(self) -> None:
-        """An engine that can't say how it is has died: its streams end now, and the server is not ready."""
+        """An engine that can't say how it is is down: its streams end now, and the server is not ready until it can."""
         while True:
             try:
                 self.seen = self.engine.stats()
+                if self.engine_fault is not None:
+                    log.warning("the engine runs again")
                 self.engine_fault = None
-            except Exception:
-                log.exception("the engine has died")
+            except Exception as e:
+                if self.engine_fault is None:
+                    log.error("the engine does not run: %s", e)
                 self.engine_fault = DEAD
                 for generation in list(self.generations.values()):
                     generation.fail(engine_failed())

@@ -287,9 +287,9 @@ def test_books_that_went_wrong_are_begun_anew(made, monkeypatch, caplog):
     assert ids(engine.generate([request(prompt(9), 5)])[0]) == expected(model(), prompt(9), 5)
 
 
-@pytest.mark.parametrize("death", [AssertionError, SystemExit])
-def test_everybody_hears_of_a_dead_thread(monkeypatch, caplog, death: type[BaseException]):
-    engine, ended = LocalEngine(model()), []
+@pytest.mark.parametrize("death", [AssertionError, MemoryError, SystemExit])
+def test_what_kills_the_thread_ends_everybody_and_it_lives_on(made, monkeypatch, caplog, death: type[BaseException]):
+    engine, ended = made(), []
 
     def broken(*_):
         raise death
@@ -299,17 +299,89 @@ def test_everybody_hears_of_a_dead_thread(monkeypatch, caplog, death: type[BaseE
         raise death
 
     with caplog.at_level(logging.CRITICAL):
-        monkeypatch.setattr(engine, "_make_scheduler", broken)
-        monkeypatch.setattr(engine._scheduler, "schedule", broken)
-        with engine._wake:
-            for _ in range(2):
-                engine.submit(request(prompt(9), 5, sink=sink))
-        engine._thread.join(10)
-    assert ended == ["error", "error"] and not engine._thread.is_alive()
-    for asked in (engine.stats, lambda: engine.submit(request(prompt(9), 5))):
-        with pytest.raises(RuntimeError, match="died"):
-            asked()
+        for _ in range(3):
+            monkeypatch.setattr(engine._scheduler, "schedule", broken)
+            with engine._wake:
+                for _ in range(2):
+                    engine.submit(request(prompt(9), 5, sink=sink))
+            while engine._live or engine._scheduler.schedule is broken:
+                time.sleep(0.01)
+    assert ended == ["error"] * 6
+    assert ids(engine.generate([request(prompt(9), 5)])[0]) == expected(model(), prompt(9), 5)
+
+
+def down(engine: LocalEngine) -> bool:
+    try:
+        engine.stats()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("how", ["raises", "not finite"])
+def test_a_model_that_keeps_failing_takes_the_engine_down_for_a_while(made, monkeypatch, caplog, how: str):
+    engine, run = made(), Runner.run
+    monkeypatch.setattr("shoal.engine.engine.LONGEST_REST", 0.3)
+
+    def broken(self, work):
+        if how == "raises":
+            raise RuntimeError("CUDA error")
+        hidden_TD, logits_RV = run(self, work)
+        return hidden_TD, logits_RV * torch.nan
+
+    def failing() -> None:
+        assert engine.generate([request(prompt(9), 5)])[0].finish == "error"
+
+    with caplog.at_level(logging.CRITICAL), monkeypatch.context() as fault:
+        fault.setattr(Runner, "run", broken)
+        failing()
+        failing()
+        assert not down(engine)
+        for _ in range(2):
+            failing()
+            assert down(engine)
+            with pytest.raises(RuntimeError, match="down"):
+                engine.submit(request(prompt(9), 5))
+            while down(engine):
+                time.sleep(0.01)
+    assert ids(engine.generate([request(prompt(9), 5)])[0]) == expected(model(), prompt(9), 5)
+    with monkeypatch.context() as fault:
+        fault.setattr(Runner, "run", broken)
+        failing()
+        assert not down(engine), "a whole step makes up for what was"
+
+
+def test_a_request_that_fails_among_others_takes_nobody_down(made, monkeypatch, caplog):
+    """Each time alone in its step, with whole steps of others between."""
+    engine, run, running = made(), Runner.run, Event()
+    others = request(prompt(9, 1), 200, sink=lambda step: running.set())
+
+    def poisoned(self, work):
+        hidden_TD, logits_RV = run(self, work)
+        bad = [w.stream.request.salt == "bad" for w in work for _ in range(w.draws)]
+        logits_RV[torch.tensor(bad, dtype=torch.bool)] = torch.nan
+        return hidden_TD, logits_RV
+
+    monkeypatch.setattr(Runner, "run", poisoned)
+    engine.submit(others)
+    assert running.wait(10)
+    for _ in range(10):
+        assert engine.generate([request(prompt(9), 5, salt="bad")])[0].finish == "error"
+        assert not down(engine)
+    engine.cancel(others)
+    idle(engine)
+
+
+def test_it_can_be_closed_while_it_is_down(monkeypatch, caplog):
+    engine = LocalEngine(model())
+    with caplog.at_level(logging.CRITICAL):
+        monkeypatch.setattr(Runner, "run", lambda *_: 1 / 0)
+        for _ in range(3):
+            engine.generate([request(prompt(9), 5)])
+    assert down(engine)
     engine.close()
+    with pytest.raises(RequestError, match="closed"):
+        engine.submit(request(prompt(9), 5))
 
 
 def test_tokens_that_were_never_told_are_not_counted(made, monkeypatch, caplog):

@@ -9,12 +9,17 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from sqlalchemy import event, select
 
+from shoal.engine.engine import LocalEngine
+from shoal.engine.runner import Runner
+from shoal.model.presets import PRESETS
+from shoal.model.transformer import Transformer
 from shoal.server import journal
 from shoal.server.clerk import recover
 from shoal.server.ledger import USAGE, Ledger
@@ -79,11 +84,32 @@ def test_16_an_engine_that_dies_ends_its_streams_with_an_error(tmp_path):
         for reader in readers:
             reader.join(5)
             assert not reader.is_alive() and reader.error and reader.error["code"] == "engine_failed"
-        assert s.http.get("/ready").status_code == 503 and s.http.get("/health").status_code == 200
+        assert s.http.get("/ready").status_code == 503 and s.http.get("/health").status_code == 503
         assert_refused(s.ask(), 503)
         assert [r["finish"] for r in s.rows()] == ["error"] * 4
         s.engine.dead = False
-        until(lambda: s.http.get("/ready").status_code == 200)
+        until(lambda: s.http.get("/ready").status_code == 200 == s.http.get("/health").status_code)
+
+
+def test_16_a_model_that_fails_under_load_comes_back_by_itself(tmp_path, monkeypatch):
+    config = replace(PRESETS["tiny"], vocab_size=512, max_positions=8192)
+    engine = LocalEngine(Transformer(config).init_weights(0), 2**24, context=4096)
+    with Running(tmp_path, engine) as s:
+        readers = [Reader(s.url, s.key, {"max_tokens": 3000, "logit_bias": {"120": 100}}) for _ in range(4)]
+        until(lambda: all(len(r.text) > 3 for r in readers))
+        with monkeypatch.context() as fault:
+            fault.setattr(Runner, "run", lambda *_: 1 / 0)
+            for reader in readers:
+                reader.join(5)
+                assert not reader.is_alive() and reader.error and reader.error["code"] == "engine_failed"
+            for _ in range(3):
+                assert_refused(s.ask(), 503)
+            until(lambda: s.http.get("/health").status_code == 503)
+            assert s.http.get("/ready").status_code == 503
+        until(lambda: s.http.get("/ready").status_code == 200 == s.http.get("/health").status_code)
+        assert s.ask(max_tokens=5, logit_bias={"120": 100}).status_code == 200
+        rows = s.rows()
+        assert [row["finish"] for row in rows[:4]] == ["error"] * 4 and rows[-1]["completion"] == 5
 
 
 def started(folder: Path) -> tuple[subprocess.Popen, str, str]:
