@@ -94,9 +94,7 @@ class LocalEngine:
         self._disk, on_disk = disk, disk.has if disk else _nothing
         if disk:
             _page_fits(disk.max_bytes, self.bytes_per_token * UNIT, "the cache on disk")
-            weights = [(name, weight.dtype, weight.shape) for name, weight in model.state_dict().items()]
-            machine = (type(self._runner), torch.__version__, torch.get_num_threads(), describe()) if deterministic else ()
-            disk.depends_on(weights, n_layers, machine)
+            disk.depends_on(n_layers, *_facts(model, self._runner, deterministic))
         self._make_scheduler = lambda: Scheduler(Pages(n_pages), max_batch_tokens, depth, on_disk)
         self._scheduler = self._make_scheduler()
         self._live: dict[Request, Stream] = {}
@@ -426,6 +424,14 @@ def _runner(model: Transformer, cache: Cache, deterministic: bool) -> Runner:
     if native.takes(model):
         return native.Native(model, cache, invariant=deterministic)
     return (RowByRow if deterministic else Runner)(model, cache)
+
+
+def _facts(model: Transformer, runner: Runner, deterministic: bool) -> tuple[object, ...]:
+    """What numbers in a page depend on besides the model's files; to the last bit where that is promised."""
+    weights = [(name, weight.dtype, weight.shape) for name, weight in model.state_dict().items()]
+    if not deterministic:
+        return (weights,)
+    return weights, type(runner), torch.__version__, torch.get_num_threads(), describe()
 
 
 def _nothing(key: Key) -> bool:

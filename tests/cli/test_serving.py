@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -86,9 +87,31 @@ def test_a_port_in_use_is_said_before_a_model_is_read(db):
             serve.main(["/no/such/model", "--port", port, "--db", db])
 
 
-@pytest.mark.multiprocess
-def test_serve_a_model_ask_it_and_see_what_it_cost(tmp_path, db, capsys):
+@contextmanager
+def serving(model, *flags):
+    """`shoal serve` as a process of its own, until SIGTERM: a client of it."""
     import httpx
+
+    command = [sys.executable, "-m", "shoal.cli.main", "serve", str(model), "--port", "18473", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    try:
+        client = httpx.Client(base_url="http://127.0.0.1:18473", timeout=60)
+        for _ in range(600):
+            try:
+                if client.get("/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.1)
+        yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a tiny model."""
     import torch
 
     from shoal.data.tokenizer import Tokenizer
@@ -100,37 +123,31 @@ def test_serve_a_model_ask_it_and_see_what_it_cost(tmp_path, db, capsys):
     model = Transformer(replace(PRESETS["tiny"], vocab_size=512, max_positions=512)).init_weights(0)
     hf.save(model.set_dtype(torch.bfloat16), tmp_path / "model", bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     tokenizer.save(tmp_path / "model")
-    flags = [
-        "--port",
-        "18473",
-        "--keys",
-        "required",
-        "--prices",
-        "0.07/0.27/1.10",
-        "--memory",
-        "16MiB",
-        "--threads",
-        "1",
-    ]
-    command = [sys.executable, "-m", "shoal.cli.main", "serve", str(tmp_path / "model"), *flags, "--db", db]
+    return tmp_path / "model"
+
+
+@pytest.mark.multiprocess
+def test_serve_a_model_ask_it_and_see_what_it_cost(saved, db, capsys):
     secret = made(db, capsys)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
-    try:
-        client = httpx.Client(base_url="http://127.0.0.1:18473", timeout=60)
-        for _ in range(600):
-            try:
-                if client.get("/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.1)
+    flags = ["--keys", "required", "--prices", "0.07/0.27/1.10", "--memory", "16MiB", "--threads", "1", "--db", db]
+    with serving(saved, *flags) as client:
         asked = {"model": "model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
         header = {"Authorization": f"Bearer {secret}"}
         answer = client.post("/v1/chat/completions", json=asked, headers=header).json()
         assert answer["usage"]["cost_usd"] > 0
-    finally:
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
     assert usage.main(["--by", "model", "--csv", "--db", db]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert float(rows[0]["cost_usd"]) == pytest.approx(answer["usage"]["cost_usd"], abs=1e-6)
+
+
+@pytest.mark.multiprocess
+def test_a_conversation_is_cached_across_restarts(saved, db, tmp_path):
+    asked = {"model": "model", "messages": [{"role": "user", "content": "add " * 200}], "max_tokens": 5, "seed": 1}
+    on_disk = ["--cache-disk", "16MiB", "--cache-folder", str(tmp_path / "pages")]
+    answers = []
+    for _ in range(2):
+        with serving(saved, "--memory", "16MiB", "--threads", "1", "--db", db, *on_disk) as client:
+            answers.append(client.post("/v1/chat/completions", json=asked).json())
+    first, again = answers
+    assert first["usage"]["prompt_cache_hit_tokens"] == 0 and again["usage"]["prompt_cache_hit_tokens"] >= 128
+    assert first["choices"][0]["message"] == again["choices"][0]["message"]
