@@ -37,6 +37,7 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from shoal.errors import ConfigError, ResourceError
+from shoal.server.migrate import bring_up
 
 NANO = 10**9
 BUSY_MS = 5000
@@ -124,6 +125,7 @@ LINES = Table(
     Column("ok", Integer, nullable=False),
     Column("answer", Text, nullable=False),
 )
+Table("schema_version", META, Column("version", Integer, primary_key=True, autoincrement=False))  # migrate.py
 
 
 class Prices(NamedTuple):
@@ -192,7 +194,7 @@ class Ledger:
         if parsed.get_backend_name() == "sqlite":
             event.listen(self.engine, "connect", prepare_sqlite)
         try:
-            META.create_all(self.engine)
+            bring_up(self.engine, META)
         except SQLAlchemyError as e:
             raise ResourceError(
                 f"no ledger at {parsed.render_as_string(hide_password=True)}: {reason(e)}",

@@ -1,13 +1,62 @@
-"""A server that most tests share: nothing they do may change what the next one sees."""
+"""What the tests of this room share: a server that most of them ask, and databases to keep ledgers in."""
 
+import os
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import create_engine
 
 from tests.server.running import Running
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Nothing a test does to it may change what the next one sees."""
     with Running(tmp_path_factory.mktemp("served")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """SHOAL_TEST_POSTGRES, or a server of our own in a temporary folder, where PostgreSQL is installed."""
+    if url := os.environ.get("SHOAL_TEST_POSTGRES"):
+        yield url
+        return
+    pytest.importorskip("psycopg")
+    if not shutil.which("initdb") or not shutil.which("pg_ctl"):
+        pytest.skip("no PostgreSQL here")
+    folder = tmp_path_factory.mktemp("postgres")
+    user = "postgres" if os.getuid() == 0 else None
+    if user:
+        for path in (folder, *folder.parents[:2]):
+            path.chmod(0o755)
+        shutil.chown(folder, "postgres")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(*command: str) -> None:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", user=user)
+
+    run("initdb", "-D", f"{folder}/data", "-U", "shoal", "--auth=trust", "-N")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+    run("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
+    yield f"postgresql://shoal@127.0.0.1:{port}/postgres"
+    run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def database(request, tmp_path) -> Iterator[str]:
+    """The URL of an empty one, of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/ledger.db"
+        return
+    url = request.getfixturevalue("postgres")
+    yield url
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as db:
+        db.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    engine.dispose()

@@ -1,9 +1,5 @@
 """The ledger: whole nanodollars, every request once, on SQLite and on a real PostgreSQL server where there is one."""
 
-import os
-import shutil
-import socket
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -17,43 +13,10 @@ from tests.server.running import NAME, Running, until
 ROW = UsageRow("r0", 1_700_000_000_000, "k", "t", "m", "/x", 100, 64, 10, 3, 70, 270, 1100, "stop")
 
 
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    """SHOAL_TEST_POSTGRES, or a server of our own in a temporary folder, where PostgreSQL is installed."""
-    if url := os.environ.get("SHOAL_TEST_POSTGRES"):
-        yield url
-        return
-    pytest.importorskip("psycopg")
-    if not shutil.which("initdb") or not shutil.which("pg_ctl"):
-        pytest.skip("no PostgreSQL here")
-    folder = tmp_path_factory.mktemp("postgres")
-    user = "postgres" if os.getuid() == 0 else None
-    if user:
-        for path in (folder, *folder.parents[:2]):
-            path.chmod(0o755)
-        shutil.chown(folder, "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def run(*command: str) -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", user=user)
-
-    run("initdb", "-D", f"{folder}/data", "-U", "shoal", "--auth=trust", "-N")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    run("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
-    yield f"postgresql://shoal@127.0.0.1:{port}/postgres"
-    run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
-def ledger(request, tmp_path):
-    url = f"sqlite:///{tmp_path}/l.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
-    found = Ledger(url)
+@pytest.fixture
+def ledger(database):
+    found = Ledger(database)
     yield found
-    from shoal.server.ledger import META
-
-    META.drop_all(found.engine)
     found.close()
 
 
