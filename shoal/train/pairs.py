@@ -43,10 +43,11 @@ class Pairs:
 
     @classmethod
     def count(cls, split: Split, vocab_size: int) -> "Pairs":
-        n, width = len(split.tokens), MOST_PAIRS // WINDOWS
-        begins = [0] if n <= MOST_PAIRS else np.linspace(0, n - width - 1, WINDOWS).astype(np.int64).tolist()
-        width = n if n <= MOST_PAIRS else width
-        codes = np.concatenate([window(split, begin, begin + width + 1, vocab_size) for begin in begins])
+        n = len(split.tokens)
+        windows = 1 if n <= MOST_PAIRS else WINDOWS
+        width = min(n, MOST_PAIRS) // windows
+        starts = np.linspace(0, n - width, windows).astype(np.int64)
+        codes = np.concatenate([window(split, start, start + width + 1, vocab_size) for start in starts])
         codes, times = np.unique(codes, return_counts=True)
         return cls(codes // vocab_size, codes % vocab_size, times)
 
@@ -62,17 +63,19 @@ class Targets:
     """P(next | a) for blocks of rows a, and how much each row weighs."""
 
     def __init__(self, pairs: Pairs, vocab_size: int, device: torch.device = CPU):
+        def placed(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x).float().to(device)
+
         V, self.pairs = vocab_size, pairs
         totals = np.bincount(pairs.first, pairs.times, V)
         followed = np.bincount(pairs.second, minlength=V) + 1e-3  # by so many different tokens; never quite nothing
         kinds = np.bincount(pairs.first, minlength=V)
-        self.base_V = torch.from_numpy(followed / followed.sum()).float()
-        self.freed_V = torch.from_numpy(np.where(totals > 0, DISCOUNT * kinds / np.maximum(totals, 1), 1.0)).float()
-        self.rows = np.searchsorted(pairs.first, np.arange(V + 1))
-        self.share = torch.from_numpy((pairs.times - DISCOUNT) / totals[pairs.first]).float()
         weights = totals**WEIGHT_POWER
-        self.weights_V = torch.from_numpy(weights / weights.sum()).float().to(device)
-        self.base_V, self.freed_V, self.share = (x.to(device) for x in (self.base_V, self.freed_V, self.share))
+        self.rows = np.searchsorted(pairs.first, np.arange(V + 1))
+        self.share = placed((pairs.times - DISCOUNT) / totals[pairs.first])
+        self.base_V = placed(followed / followed.sum())
+        self.freed_V = placed(np.where(totals > 0, DISCOUNT * kinds / np.maximum(totals, 1), 1.0))
+        self.weights_V = placed(weights / weights.sum())
 
     def block(self, begin: int, end: int) -> Tensor:
         """[R, V], every row summing to one."""
