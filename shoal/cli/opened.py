@@ -10,6 +10,7 @@ from shoal.run import find
 
 if TYPE_CHECKING:
     from shoal.data.tokenizer import Tokenizer
+    from shoal.engine.turns import Turns
     from shoal.model.transformer import Transformer
 
 MODEL_HELP = "a run (path, id, latest), a checkpoint folder, or a Hugging Face model folder"
@@ -73,6 +74,27 @@ def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
     if device == "cpu":
         check_memory(config, dtype)
     return Opened(hf.load(folder, getattr(torch, dtype), device), tokenizer, folder)
+
+
+def turns_of(opened: Opened) -> "Turns":
+    """Conversations with this model; its turn also ends at the tokens that its generation_config.json lists."""
+    from shoal.engine.turns import Turns
+
+    vocab_size = opened.model.config.vocab_size
+    return Turns(opened.tokenizer, vocab_size, end_ids(opened.folder, vocab_size))
+
+
+def end_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json: absent, one id, or a list of them. Raises ModelError."""
+    from shoal.model.hf_files import read_json
+
+    name = "generation_config.json"
+    found = read_json(folder, name).get("eos_token_id") if (folder / name).exists() else None
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]:
+        fix = "correct it, or take the file away"
+        raise ModelError(f"{folder / name}: eos_token_id {wrong[0]!r}", f"ids from 0 to {vocab_size - 1}", fix)
+    return tuple(ids)
 
 
 def check_vocabulary(of_tokenizer: int, of_model: int) -> None:

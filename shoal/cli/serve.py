@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.cli.accounts import add_db, journals, needs_serve, open_ledger
-from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, open_model
+from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, open_model, turns_of
 from shoal.errors import ConfigError, ResourceError
 from shoal.runtime import cache_root
 
 if TYPE_CHECKING:
     from shoal.engine.engine import LocalEngine
+    from shoal.engine.turns import Turns
     from shoal.server.http import Server
     from shoal.server.ledger import Ledger
 
@@ -55,14 +56,16 @@ def main(argv: list[str]) -> int:
         raise needs_serve(e) from None
     ledger = open_ledger(args.db)
     opened = open_model(args.model, args.dtype, args.threads)
+    turns = turns_of(opened)
     engine = make_engine(opened, memory, on_disk, args)
-    server = make_server(opened, engine, ledger, required, args)
+    server = make_server(opened, engine, turns, ledger, required, args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     tell(server, required, ledger, args)
     try:
         server.run()
     finally:
         engine.close()
+        turns.close()
         ledger.close()
     return 0 if server.started else 1
 
@@ -119,9 +122,13 @@ def make_engine(opened: Opened, memory: int | None, on_disk: int | None, args: a
 
 
 def make_server(
-    opened: Opened, engine: "LocalEngine", ledger: "Ledger", required: bool, args: argparse.Namespace
+    opened: Opened,
+    engine: "LocalEngine",
+    turns: "Turns",
+    ledger: "Ledger",
+    required: bool,
+    args: argparse.Namespace,
 ) -> "Server":
-    from shoal.engine.turns import Turns
     from shoal.server.auth import Keys
     from shoal.server.http import Server, build
     from shoal.server.ledger import Prices
@@ -131,7 +138,6 @@ def make_server(
     name = args.name or model_name(opened.folder)
     if args.prices is not None:
         ledger.set_prices(name, Prices.parse(args.prices))
-    turns = Turns(opened.tokenizer, opened.model.config.vocab_size)
     limits = Limits(queue=args.queue, drain_seconds=args.drain)
     service = Service(engine, turns, name, ledger, journals(ledger), Keys(required), limits)
     return Server(service, build(service, frozenset({args.host.lower()})), args.host, args.port)

@@ -9,7 +9,7 @@ import torch
 
 from shoal.cli import export, generate, import_, score
 from shoal.cli.main import run_verb
-from shoal.cli.opened import check_memory, check_vocabulary, model_folder
+from shoal.cli.opened import check_memory, check_vocabulary, end_ids, model_folder, open_model, turns_of
 from shoal.data.tokenizer import Tokenizer
 from shoal.errors import CheckpointError, ConfigError, DataError, ModelError, ResourceError
 from shoal.model import hf
@@ -200,3 +200,15 @@ def test_errors_end_in_one_message_and_a_code(folder, capsys):
     assert run_verb("generate", [str(folder), "--prompt", "x"]) == 2
     err = capsys.readouterr().err
     assert "expected:" in err and "fix:" in err and "Traceback" not in err
+
+
+def test_a_turn_ends_at_every_token_of_generation_config(folder, tokenizer):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, 300, 301]}))
+    turns = turns_of(open_model(str(folder), "float32"))
+    assert turns.stop_tokens >= {tokenizer.eos_id, 300, 301}
+    (folder / "generation_config.json").unlink()
+    assert end_ids(folder, 512) == ()
+    for wrong in ("x", 512, -1, [1, None], True):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ModelError, match="eos_token_id"):
+            end_ids(folder, 512)
