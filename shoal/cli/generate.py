@@ -40,13 +40,13 @@ def main(argv: list[str]) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.max_tokens < 1:
+    if args.max_tokens is not None and args.max_tokens < 1:
         raise ConfigError(f"--max-tokens {args.max_tokens}", "1 or more", "ask for at least one token")
     if not 0 <= args.temperature <= 100:
         raise ConfigError(f"--temperature {args.temperature}", "0 (greedy) to 100", "0.6 is a good start")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p {args.top_p}", "above 0, up to 1", "1 keeps every token")
-    if not 0 <= args.seed < 2**63:
+    if args.seed is not None and not 0 <= args.seed < 2**63:
         raise ConfigError(f"--seed {args.seed}", "0 to 2^63 - 1", "choose another seed")
 
 
