@@ -106,6 +106,19 @@ def test_settings_out_of_range(folder, flags):
         generate.main([str(folder), "--prompt", "x", *flags])
 
 
+def test_a_text_longer_than_the_context_is_scored_in_windows(folder, tmp_path, capsys):
+    (tmp_path / "long.py").write_text(TEXT * 3)
+    asked = [folder, "--text-file", tmp_path / "long.py", "--json"]
+    found = answered(capsys, score, *asked)
+    assert len(found["tokens"]) > 512 and len(found["logprobs"]) == len(found["tokens"]) - 1
+    narrow = answered(capsys, score, *asked, "--window", "64")
+    assert narrow["logprobs"][:63] == pytest.approx(found["logprobs"][:63], abs=1e-4)
+    assert narrow["bits_per_byte"] != found["bits_per_byte"]
+    for window in ("1", "513"):
+        with pytest.raises(ConfigError, match="--window"):
+            score.main([*map(str, asked), "--window", window])
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", None])
 def test_texts_that_cannot_be_scored(folder, tmp_path, content):
     path = tmp_path / "odd.txt"

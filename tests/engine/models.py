@@ -10,7 +10,7 @@ from shoal.engine.engine import LocalEngine
 from shoal.engine.gather import silent
 from shoal.engine.request import Request, Sampling
 from shoal.engine.speculate import Worth
-from shoal.model import sample
+from shoal.model.attend import Packed
 from shoal.model.config import GQAConfig, ModelConfig
 from shoal.model.presets import PRESETS
 from shoal.model.transformer import Transformer
@@ -51,8 +51,14 @@ def request(tokens: tuple[int, ...], n: int, sampling: Sampling = GREEDY, **more
 
 @cache
 def expected(m: Transformer, tokens: tuple[int, ...], n: int) -> list[int]:
-    """Greedy, by whole forwards."""
-    return list(sample.generate(m, tokens, n, temperature=0))
+    """Greedy, the whole sequence through the model again for every token: slow, and right by construction."""
+    sequence = list(tokens)
+    for T in range(len(tokens), len(tokens) + n):
+        with torch.inference_mode():
+            embedded_TD = m.embed(torch.tensor(sequence))
+            hidden_TD = m.body(embedded_TD, torch.arange(T), Packed([T]))[0]
+            sequence.append(int(m.head(hidden_TD[-1:]).argmax()))
+    return sequence[len(tokens) :]
 
 
 class Fixed(Worth):
