@@ -3,9 +3,9 @@
 A `Grammar` says before each token which ones may come next, and so whatever is drawn, the text parses. Where only one
 continuation is possible it names the tokens, and nothing need be drawn.
 
-A schema is a stranger's program: a few bytes of it can mean minutes of compiling. So it is first checked and compiled
-in a child process with bounded time and memory (`grammar_child.py`), and only what passed is compiled here. References
-outside the schema are refused, nothing is ever fetched. Each step of a compiled grammar has bounded fuel.
+A schema is a stranger's program: a few bytes of it can mean minutes of compiling. So it is first bounded
+(`schema.py`), then compiled in a child process with bounded time and memory (`grammar_child.py`), and only what passed
+is compiled here. Each step of a compiled grammar has bounded fuel.
 
 Between JSON's tokens at most one run of 12 blanks may stand, so that no model loses itself in white space, and strings
 write their characters as they are, with \\n and the like but without \\u, which can spell halves of characters.
@@ -26,11 +26,11 @@ from torch import Tensor
 from shoal.data.bounded import Child, Overrun
 from shoal.data.chat import CallForm
 from shoal.data.tokenizer import Tokenizer
+from shoal.engine import schema as bounds
 from shoal.errors import RequestError
 
 SCRIPT = Path(__file__).with_name("grammar_child.py")
 SECONDS, MEMORY_BYTES = 1.0, 128 * 2**20
-MAX_SCHEMA_BYTES = 2**17
 KEPT = 64  # compiled grammars
 JSON_FORM = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t\n]{1,12}", "json_allowed_escapes": '"\\bfnrt'}
 LIMITS = {"max_lexer_states": 20_000, "precompute_large_lexemes": False, "verbose_errors": False}
@@ -157,18 +157,12 @@ class Vocabulary:
 
 
 def json_source(schema: Any, param: str, lenient: bool = False) -> str:
-    """The schema in llguidance's notation. Raises RequestError where it is no object of JSON, or too large."""
-    try:
-        if not isinstance(schema, dict):
-            raise TypeError(f"a schema that is a {type(schema).__name__}")
-        source = json.dumps(schema | {"x-guidance": JSON_FORM | {"lenient": lenient}}, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as e:
-        fix = "give the schema as an object"
-        raise RequestError(str(e)[:200], "a JSON schema", fix, param, "invalid_schema") from None
-    if len(source) > MAX_SCHEMA_BYTES:
-        got = f"a schema of {len(source):,} bytes"
-        raise RequestError(got, f"at most {MAX_SCHEMA_BYTES:,}", "simplify it", param, "invalid_schema")
-    return source
+    """The schema in llguidance's notation. Raises RequestError where it is no object, or out of bounds."""
+    if not isinstance(schema, dict):
+        got, fix = f"a schema that is a {type(schema).__name__}", "give the schema as an object"
+        raise RequestError(got, "a JSON schema", fix, param, "invalid_schema")
+    bounds.check(schema, param)
+    return json.dumps(schema | {"x-guidance": JSON_FORM | {"lenient": lenient}})
 
 
 def quoted(text: str) -> str:

@@ -26,13 +26,11 @@ from torch import Tensor
 from shoal.data.chat import Marks
 from shoal.data.tokenizer import Tokenizer
 from shoal.engine.calls import CallDelta, Calls, overlap
-from shoal.engine.request import Step, Token
+from shoal.engine.request import MOST_STOP_CHARS, MOST_STOPS, Step, Token
 from shoal.errors import RequestError
 
 if TYPE_CHECKING:
     from shoal.engine.grammar import Grammar
-
-MOST_STOPS, MOST_STOP_CHARS = 16, 256
 
 
 @dataclass(frozen=True)

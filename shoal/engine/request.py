@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+MOST_STOPS, MOST_STOP_CHARS = 16, 256  # stop strings of an answer
 Finish = Literal["stop", "length", "cancelled", "error"]
 
 

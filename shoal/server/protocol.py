@@ -23,14 +23,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from shoal.engine.request import Sampling
-from shoal.server import schema, strict
+from shoal.engine import schema
+from shoal.engine.request import MOST_STOP_CHARS, MOST_STOPS, Sampling
+from shoal.errors import RequestError
+from shoal.server import strict
 from shoal.server.problem import Problem
 from shoal.server.turns import Form
 
 MAX_CHOICES = 16
 MAX_MESSAGES = 10_000
-MAX_STOPS, MAX_STOP_CHARS = 16, 256
 MAX_TOOLS = 128
 MAX_TOKENS = 2**24
 MAX_BIASES = 1000
@@ -111,8 +112,8 @@ def prompts(value: Any) -> Any:
 TEXT_OR_PARTS: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 Content = Annotated[str, BeforeValidator(joined), WithJsonSchema(TEXT_OR_PARTS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS), First(), BeforeValidator(listed)]
+StopText = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARS)]
+Stops = Annotated[list[StopText], Field(max_length=MOST_STOPS), First(), BeforeValidator(listed)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[
     dict[int, Bias],
@@ -344,11 +345,14 @@ def read_chat(body: bytes) -> Ask:
     """Raises Problem 400 that names the field at fault."""
     asked = read(ChatRequest, body)
     tools = tuple(tool.model_dump(exclude_none=True) for tool in asked.tools or ())
-    for i, tool in enumerate(tools):
-        schema.check(tool["function"].get("parameters", {}), f"tools[{i}].function.parameters")
     wanted = asked.response_format
-    if wanted is not None and wanted.json_schema is not None:
-        schema.check(wanted.json_schema.schema_, "response_format.json_schema.schema")
+    try:
+        for i, tool in enumerate(tools):
+            schema.check(tool["function"].get("parameters", {}), f"tools[{i}].function.parameters")
+        if wanted is not None and wanted.json_schema is not None:
+            schema.check(wanted.json_schema.schema_, "response_format.json_schema.schema")
+    except RequestError as e:
+        raise Problem.of(e) from None
     last, choice = asked.messages[-1], asked.tool_choice
     form = Form(
         **thinks(asked),

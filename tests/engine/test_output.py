@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.data.tokenizer import SHOWN
-from shoal.engine.output import MOST_STOP_CHARS, Stops
-from shoal.engine.request import Step, Token
+from shoal.engine.output import Stops
+from shoal.engine.request import MOST_STOP_CHARS, Step, Token
 from shoal.errors import RequestError
 from tests.engine.outputs import (
     ANSWER_END_ID,

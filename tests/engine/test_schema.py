@@ -2,8 +2,8 @@
 
 import pytest
 
-from shoal.server import schema
-from shoal.server.problem import Problem
+from shoal.engine import schema
+from shoal.errors import RequestError
 
 
 def chain(n: int) -> dict:
@@ -21,14 +21,16 @@ def test_a_chain_of_references_costs_its_length(monkeypatch):
 def test_a_circle_is_found_from_anywhere():
     circle = chain(50)
     circle["$defs"]["50"] = {"$ref": "#/$defs/10"}
-    with pytest.raises(Problem, match="leads back to itself"):
+    with pytest.raises(RequestError, match="leads back to itself"):
         schema.check(circle, "x")
 
 
-def test_one_size_holds_in_the_server_the_engine_and_the_docs():
-    grammar = pytest.importorskip("shoal.engine.grammar")
-    from shoal.engine import output
-    from shoal.server import protocol
+@pytest.mark.parametrize("ref", ["other.json", "http://a.test/", "#anchor", "#/$defs/none", "#//", "#/$defs/0/x"])
+def test_references_that_leave_the_schema_or_lead_nowhere(ref):
+    with pytest.raises(RequestError, match="ref"):
+        schema.check(chain(3) | {"$ref": ref}, "x")
 
-    assert schema.MAX_BYTES == grammar.MAX_SCHEMA_BYTES
-    assert (protocol.MAX_STOPS, protocol.MAX_STOP_CHARS) == (output.MOST_STOPS, output.MOST_STOP_CHARS)
+
+def test_a_property_may_be_called_as_a_keyword_is():
+    for name in ("$ref", "enum", "pattern", "$schema"):
+        schema.check({"type": "object", "properties": {name: {"type": "string"}}}, "x")
