@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from shoal.data.corpus import Split
+from shoal.data.draws import mix, permuted
 from shoal.data.tokenizer import FimIds
 from shoal.errors import DataError
 
@@ -122,31 +123,6 @@ def rearranged(part: np.ndarray, ids: FimIds, draw: int) -> np.ndarray:
     prefix, middle, suffix = text[:a], text[a:b], text[b:]
     pieces = [ids.bos], [ids.begin], prefix, [ids.hole], suffix, [ids.end], middle, [ids.eos]
     return np.concatenate(pieces)
-
-
-def mix(seed: int, a: int, b: int) -> int:
-    """64 well-stirred bits of three numbers (SplitMix64's finaliser, chained)."""
-    x = 0
-    for word in (seed, a, b):
-        x = (x + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        x ^= x >> 31
-    return x
-
-
-def permuted(i: int, n: int, key: int) -> int:
-    """Where a pseudo-random permutation of 0 … n-1 sends i: a Feistel network on the next even number of bits, walked
-    until it lands below n (fewer than four steps on average)."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
-    while True:
-        left, right = i >> half, i & low
-        for turn in range(4):
-            left, right = right, left ^ (mix(key, turn, right) & low)
-        i = left << half | right
-        if i < n:
-            return i
 
 
 def packed(tokens_T, targets_T, lengths: list[int], byte_lengths: np.ndarray, ids: tuple[int, ...]) -> Batch:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shoal.data.draws import uniform
 from shoal.engine.request import Sampling, Token
 from shoal.engine.stream import Draft, Stream
 from shoal.errors import RequestError
@@ -217,20 +218,6 @@ def with_logprobs(raw_RV: Tensor, rows: Sequence[Row], tokens: Sequence[int]) ->
         for a, (r, n) in enumerate(asked):
             out[r] = Token(tokens[r], own_A[a], tuple(zip(best_tokens[a][:n], best[a][:n])))
     return out
-
-
-def uniform(seed: int, position: int, purpose: int) -> float:
-    """A number in [0, 1) for each (seed, position, purpose): two rounds of splitmix64, 48 bits kept."""
-    x = seed & MASK
-    for word in (position, purpose):
-        x = (x + 0x9E3779B97F4A7C15 * (word + 1)) & MASK
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
-        x ^= x >> 31
-    return (x >> 16) / 2**48
-
-
-MASK = 2**64 - 1
 
 
 def check(s: Sampling, vocab_size: int) -> None:

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.data.corpus import Split
-from shoal.data.loader import FIM_LEAST, UNPREDICTED, Loader, eval_batches, permuted
+from shoal.data.loader import FIM_LEAST, UNPREDICTED, Loader, eval_batches
 from shoal.data.tokenizer import FimIds
 from shoal.errors import DataError
 
@@ -95,12 +95,6 @@ def test_epochs_and_seeds_visit_in_other_orders():
 def test_bytes_are_those_of_the_predicted_targets(split):
     for b in epoch(loader(split)):
         assert b.n_bytes == sum(byte_lengths(split)[t] for t in b.targets_T.tolist() if t != UNPREDICTED)
-
-
-@given(st.integers(1, 5000), st.integers(0, 2**64 - 1))
-@settings(max_examples=20)
-def test_the_order_is_a_permutation(n, key):
-    assert sorted(permuted(i, n, key) for i in range(n)) == list(range(n))
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=8).map(stream), seeds)

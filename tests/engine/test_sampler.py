@@ -5,6 +5,7 @@ from math import nan
 import pytest
 import torch
 
+from shoal.data.draws import uniform
 from shoal.engine.request import Sampling
 from shoal.engine.sampler import (
     NUCLEUS,
@@ -17,7 +18,6 @@ from shoal.engine.sampler import (
     nucleus,
     propose,
     shaped,
-    uniform,
 )
 from shoal.errors import RequestError
 
