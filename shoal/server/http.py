@@ -41,6 +41,12 @@ from shoal.server.stream import Answering, streamed_again
 from shoal.server.wire import wire
 
 BODIES = {"chat": ChatRequest, "completion": CompletionRequest, "create_batch": BatchRequest}
+UPLOAD = {
+    "type": "object",
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["batch"]}},
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+}
 USAGE_BY = ("key", "model", "day")
 
 log = logging.getLogger("shoal.server")
@@ -262,11 +268,21 @@ def described(app: FastAPI) -> dict[str, Any]:
         found.setdefault("components", {}).setdefault("schemas", {}).update(defined["$defs"])
         for methods in found["paths"].values():
             for operation in methods.values():
-                if model := BODIES.get(operation["summary"].lower().replace(" ", "_")):
+                name = operation["summary"].lower().replace(" ", "_")
+                if model := BODIES.get(name):
                     ref = {"$ref": f"#/components/schemas/{model.__name__}"}
                     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": ref}}}
+                elif name == "upload":
+                    operation["requestBody"] = {
+                        "required": True,
+                        "content": {"multipart/form-data": {"schema": UPLOAD}},
+                    }
         app.openapi_schema = found
     return app.openapi_schema
+
+
+def body_of(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"required": True, "content": {kind: {"schema": schema}}}
 
 
 class Server(uvicorn.Server):
