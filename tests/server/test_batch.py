@@ -109,14 +109,14 @@ def test_uploads_that_are_none(served):
     assert_refused(post(content=b"{}", headers={"Content-Type": "application/json"}), 415)
 
 
-def test_a_batch_goes_on_after_a_stop_and_bills_each_line_once(tmp_path):
+def test_a_batch_goes_on_after_a_stop_and_bills_each_line_once(tmp_path, database):
     engine = FakeEngine(lambda _: [*b"x" * 20, END], pause=0.01, slots=2)
-    with Running(tmp_path, engine) as s:
+    with Running(tmp_path, engine, url=database) as s:
         file_id = uploaded(s, *(line(f"q{i}") for i in range(30)))
         batch = s.client().batches.create(input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h")
         until(lambda: s.client().batches.retrieve(batch.id).request_counts.completed >= 3, 30)
         key = s.key
-    with Running(tmp_path) as s:
+    with Running(tmp_path, url=database) as s:
         s.key = key
         done = finished(s, batch.id)
         assert (done.status, done.request_counts.completed) == ("completed", 30)
@@ -128,15 +128,35 @@ def test_a_batch_goes_on_after_a_stop_and_bills_each_line_once(tmp_path):
         assert len(rows) == 30 and {r["completion"] for r in rows} == {21, 14}
 
 
-def test_a_cancelled_batch_ends_with_what_it_has(tmp_path):
-    with Running(tmp_path, FakeEngine(lambda _: [*b"x" * 20, END], pause=0.01, slots=1)) as s:
+def test_a_cancelled_batch_ends_with_what_it_has(tmp_path, database):
+    with Running(tmp_path, FakeEngine(lambda _: [*b"x" * 20, END], pause=0.01, slots=1), url=database) as s:
         file_id = uploaded(s, *(line(f"q{i}") for i in range(40)))
         batch = s.client().batches.create(input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h")
         until(lambda: s.client().batches.retrieve(batch.id).request_counts.completed >= 1, 30)
         assert s.client().batches.cancel(batch.id).status == "cancelling"
         done = finished(s, batch.id)
         assert done.status == "cancelled" and 1 <= done.request_counts.completed < 40
-        assert len(answers(s, done.output_file_id)) == done.request_counts.completed == len(s.rows())
+        kept = answers(s, done.output_file_id)
+        assert len(kept) == done.request_counts.completed == len(s.rows()) and done.error_file_id is None
+        assert all(a["response"]["body"]["choices"][0]["message"]["content"] == "x" * 20 for a in kept.values())
+
+
+def test_a_key_that_is_revoked_in_the_middle_of_a_batch(tmp_path, database):
+    """What was answered stands and is billed; no other line runs, and each says why."""
+    with Running(tmp_path, FakeEngine(lambda _: [*b"x" * 20, END], pause=0.01, slots=1), url=database) as s:
+        other = s.ledger.new_key("a colleague", tenant=s.service.keys.who(f"Bearer {s.key}").tenant)
+        until(lambda: other.id in s.service.keys.rows)
+        file_id = uploaded(s, *(line(f"q{i}") for i in range(60)))
+        batch = s.client().batches.create(input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h")
+        until(lambda: s.client().batches.retrieve(batch.id).request_counts.completed >= 1, 30)
+        s.ledger.revoke(s.key_id)
+        s.key = other.secret
+        done = finished(s, batch.id)
+        counts = done.request_counts
+        assert done.status == "completed" and counts.completed >= 1 and counts.failed >= 1
+        assert counts.completed + counts.failed == 60 and counts.completed == len(s.rows())
+        failed = answers(s, done.error_file_id).values()
+        assert {(a["response"]["status_code"], a["error"]["code"]) for a in failed} == {(401, "invalid_api_key")}
 
 
 def test_what_a_tenant_may_store_and_have_under_way_is_bounded(tmp_path):

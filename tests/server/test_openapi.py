@@ -20,8 +20,7 @@ MODES = ("positive", "negative")
 
 @pytest.mark.slow
 def test_no_request_makes_a_5xx(tmp_path):
-    limits = {"live_batches": 10**6, "stored_bytes": 2**40, "connections": 100}
-    with Running(tmp_path, FakeEngine(), **limits) as s:
+    with Running(tmp_path, FakeEngine()) as s:
         schema = schemathesis.openapi.from_dict(s.http.get("/openapi.json").json())
         operations = [result.ok() for result in schema.get_all_operations()]
         assert {"/v1/chat/completions", "/v1/files", "/health"} <= {o.path for o in operations}
@@ -43,7 +42,7 @@ def sent(s: Running, operation, mode: str) -> list[int]:
         database=None,
         deadline=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
     )
     def each(case):
         if operation.path in GOOD and isinstance(case.body, dict):
