@@ -195,7 +195,8 @@ class LocalEngine:
         n, vocab = len(request.tokens), self.model.config.vocab_size
         if not n:
             raise RequestError("no tokens", "at least one", "give a prompt", "prompt")
-        if request.max_tokens < 1:
+        assert not (request.embed and request.max_tokens), "what is embedded draws nothing"
+        if request.max_tokens < 1 and not request.embed:
             raise RequestError(f"max_tokens {request.max_tokens}", "1 or more", "ask for a token", "max_tokens")
         if n + request.max_tokens > self._context:
             raise RequestError(
@@ -312,10 +313,13 @@ class LocalEngine:
         start, only_decoding = perf_counter(), all(w.stream.decoding for w in work)
         hidden_TD, logits_RV = self._runner.run(work)
         gains = self._draw(work, logits_RV)
-        whole = [gain.stream for gain in gains if not gain.error]
-        if self._speculator:
-            for w, rows_TD in zip(work, hidden_TD.split([len(w.tokens) for w in work])):
+        for w, rows_TD in zip(work, hidden_TD.split([len(w.tokens) for w in work])):
+            if w.stream.request.embed:
+                w.stream.pool(rows_TD)
+            elif self._speculator:
                 w.stream.pending.append(rows_TD[: w.stream.computed - w.start])
+        whole = [gain.stream for gain in gains if not gain.error and not gain.stream.request.embed]
+        if self._speculator:
             self._speculator.follow(whole, self._speculator.worth(len(work)))
             if only_decoding:
                 tokens = sum(len(gain.tokens) for gain in gains)
@@ -359,7 +363,8 @@ class LocalEngine:
         for w in work:
             mine = slice(end, end + w.draws)
             end += w.draws
-            gains.append(self._advance(w, drawn[mine]) if all(finite[mine]) else Gain(w.stream, (), NOT_FINITE))
+            taken = [] if w.stream.request.embed else drawn[mine]
+            gains.append(self._advance(w, taken) if all(finite[mine]) else Gain(w.stream, (), NOT_FINITE))
         return gains
 
     def _advance(self, w: Work, drawn: Sequence[Token]) -> Gain:
@@ -414,7 +419,7 @@ class LocalEngine:
     ) -> None:
         stream.told += len(tokens)
         try:
-            stream.request.sink(Step(tokens, finish, stream.usage, error))
+            stream.request.sink(Step(tokens, finish, stream.usage, error, () if error else stream.hidden))
         except BaseException:  # even one that would end a thread: this one isn't the sink's
             log.exception("a sink failed; its request is cancelled")
             self.cancel(stream.request)

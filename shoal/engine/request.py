@@ -73,6 +73,7 @@ class Step:
     finish: Finish | None = None
     usage: Usage = Usage()
     error: str | None = None  # what went wrong, for people, when finish is "error"
+    hidden: tuple[float, ...] = ()  # at the end of a request to embed: the mean of its tokens' final hidden states
 
 
 Sink = Callable[[Step], None]  # called on the engine's thread; must not block
@@ -80,7 +81,11 @@ Sink = Callable[[Step], None]  # called on the engine's thread; must not block
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """`priority`: lower goes first. Prefixes are shared only between requests of the same `salt` (a tenant's)."""
+    """`priority`: lower goes first. Prefixes are shared only between requests of the same `salt` (a tenant's).
+
+    `embed`: nothing is drawn (`max_tokens` 0); the last Step has the mean hidden state. Each of its tokens is computed,
+    whatever the prefix cache has.
+    """
 
     tokens: tuple[int, ...]
     max_tokens: int
@@ -90,6 +95,7 @@ class Request:
     guide: Guide | None = None
     priority: int = 0
     salt: str = ""
+    embed: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Stream:
         self.finish: Finish | None = None
         self.forced: int | None = None
         self.mask: Tensor | None = None
+        self.hidden: tuple[float, ...] = ()
         self.cached, self.told, self.drafted, self.accepted = None, 0, 0, 0
         self._keys: list[Key] = []
         self.pages: list[int] = []
@@ -44,6 +45,7 @@ class Stream:
         """Own these pages, of which `computed` tokens' rows are filled (shared, and kept under their keys already)."""
         self.pages, self.computed, self.kept, self.stored = pages, computed, computed // UNIT, 0
         self.module_computed, self.pending, self.drafts = computed, [], []
+        self.sum_D = None
         self.first = bool(pages) and self.cached is None
         if self.first:
             self.cached = computed
@@ -60,6 +62,7 @@ class Stream:
     stored: int  # of its pages, offered to the disk
     pending: list[Tensor]  # [n, D] each: final hidden states of positions module_computed to computed
     drafts: list[Draft]
+    sum_D: Tensor | None  # of final hidden states, where the request is to be embedded
     cached: int | None  # of the prompt, found without computing it when it was first admitted
     told: int  # tokens that the sink was given
 
@@ -86,8 +89,16 @@ class Stream:
         return self._keys[unit]
 
     def keys(self) -> Iterator[Key]:
-        """Of the units that may be found in the cache: the last token must be computed, to draw from it."""
-        return (self.key(unit) for unit in range((len(self.tokens) - 1) // UNIT))
+        """Of the units that may be found in the cache: the last token must be computed, to draw from it; and each one
+        whose hidden state is wanted."""
+        return (self.key(unit) for unit in range(0 if self.request.embed else (len(self.tokens) - 1) // UNIT))
+
+    def pool(self, hidden_TD: Tensor) -> None:
+        """Take the next positions into the mean; with the last one, this is the end."""
+        sum_D = hidden_TD.float().sum(0)
+        self.sum_D = sum_D if self.sum_D is None else self.sum_D + sum_D
+        if self.computed == self.n_prompt:
+            self.finish, self.hidden = "stop", tuple((self.sum_D / self.n_prompt).tolist())
 
     def steer(self) -> None:
         """Ask the guide about the next token."""
