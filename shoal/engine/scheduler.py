@@ -97,7 +97,7 @@ class Scheduler:
     def loads(self, stream: Stream) -> bool:
         """Whether what the stream needs next is on the disk: a whole unit, and not the last token."""
         unit, inside = divmod(stream.computed, UNIT)
-        if inside or stream.pending or stream.computed + UNIT >= len(stream.tokens):
+        if inside or stream.pending or stream.request.embed or stream.computed + UNIT >= len(stream.tokens):
             return False
         return self.on_disk(stream.key(unit))
 

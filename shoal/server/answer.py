@@ -1,6 +1,10 @@
 """The shapes of answers: whole ones and the chunks of a stream, for chat and for plain completions."""
 
+import base64
 import json
+import math
+import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +47,7 @@ class Written:
     reasoning: list[str] = field(default_factory=list)
     tools: dict[int, dict[str, Any]] = field(default_factory=dict)
     tokens: list[Token] = field(default_factory=list)
+    hidden: tuple[float, ...] = ()
 
     def add(self, delta: Delta) -> None:
         self.tokens += delta.tokens
@@ -148,6 +153,31 @@ class Answer:
             ],
             "text_offset": offsets,
         }
+
+
+class Vectors(Answer):
+    """Embeddings: of unit length, so that a dot product is the cosine."""
+
+    def __init__(self, turns: Turns, answer_id: str, model: str, encoding: str):
+        super().__init__(turns, False, answer_id, 0, model, False)
+        self.encoding = encoding
+
+    def whole(self, choices: Sequence[tuple[Written, str]], spent: Spent) -> bytes:
+        found = [
+            {"object": "embedding", "index": i, "embedding": self.vector(written.hidden)}
+            for i, (written, _) in enumerate(choices)
+        ]
+        usage = {name: spent.fields()[name] for name in ("prompt_tokens", "total_tokens", "cost_usd")}
+        return json.dumps({"object": "list", "model": self.head["model"], "data": found, "usage": usage}).encode()
+
+    def vector(self, hidden: Sequence[float]) -> list[float] | str:
+        length = math.hypot(*hidden) or 1.0
+        unit = array("f", (x / length for x in hidden))
+        if self.encoding == "float":
+            return [float(f"{x:.9g}") for x in unit]
+        if sys.byteorder == "big":
+            unit.byteswap()
+        return base64.b64encode(unit).decode()
 
 
 def finite(logprob: float | None) -> float | None:

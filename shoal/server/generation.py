@@ -81,6 +81,7 @@ class Event:
     index: int
     deltas: tuple[Delta, ...]
     finish: str | None = None
+    hidden: tuple[float, ...] = ()  # of what was embedded
 
 
 @dataclass(eq=False)
@@ -152,7 +153,7 @@ class Generation:
         if step.finish is not None:
             choice.finish = self.finish(choice, step)
         if deltas or choice.finish:
-            self.events.append(Event(choice.index, deltas, choice.finish))
+            self.events.append(Event(choice.index, deltas, choice.finish, step.hidden))
             self.waiting += len(deltas)
             self.ready.set()
         if self.waiting > self.buffered and self.why is None:

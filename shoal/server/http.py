@@ -27,20 +27,35 @@ from starlette.types import ASGIApp
 
 from shoal.errors import RequestError
 from shoal.server import page
-from shoal.server.answer import Answer
+from shoal.server.answer import Answer, Vectors
 from shoal.server.auth import Key
 from shoal.server.batch import Batches
 from shoal.server.gate import Gate
 from shoal.server.ledger import NANO, now_ms, reason
 from shoal.server.metrics import Metrics
 from shoal.server.problem import Problem
-from shoal.server.protocol import Ask, BatchRequest, ChatRequest, CompletionRequest, read, read_chat, read_completion
+from shoal.server.protocol import (
+    Ask,
+    BatchRequest,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    read,
+    read_chat,
+    read_completion,
+    read_embedding,
+)
 from shoal.server.replay import Replays
 from shoal.server.service import Service
 from shoal.server.stream import Answering, streamed_again
 from shoal.server.wire import wire
 
-BODIES = {"chat": ChatRequest, "completion": CompletionRequest, "create_batch": BatchRequest}
+BODIES = {
+    "chat": ChatRequest,
+    "completion": CompletionRequest,
+    "embeddings": EmbeddingRequest,
+    "create_batch": BatchRequest,
+}
 UPLOAD = {
     "type": "object",
     "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["batch"]}},
@@ -93,6 +108,7 @@ class Api:
         for method, path, route in (
             ("POST", "/chat/completions", self.chat),
             ("POST", "/completions", self.completion),
+            ("POST", "/embeddings", self.embeddings),
             ("GET", "/models", self.models),
             ("GET", "/models/{model:path}", self.model),
             ("GET", "/usage", self.usage),
@@ -128,6 +144,9 @@ class Api:
     async def completion(self, request: Request) -> Response:
         return await self.complete(request, "/v1/completions", read_completion)
 
+    async def embeddings(self, request: Request) -> Response:
+        return await self.complete(request, "/v1/embeddings", read_embedding)
+
     async def complete(self, request: Request, route: str, reader: Callable[[bytes], Ask]) -> Response:
         body, key, request_id = request.state.body, request.state.key, request.state.request_id
         ask = await self.service.beside(len(body), lambda: reader(body))
@@ -143,11 +162,12 @@ class Api:
             if keep is not None:
                 keep(None)
             raise
-        kind = "chatcmpl" if ask.chat else "cmpl"
+        kind, turns = "chatcmpl" if ask.chat else "cmpl", self.service.turns
         answer_id = f"{kind}-{request_id.removeprefix('req-')}"
-        answer = Answer(
-            self.service.turns, ask.chat, answer_id, now_ms() // 1000, ask.model, ask.sampling.logprobs is not None
-        )
+        if ask.embed:
+            answer = Vectors(turns, answer_id, ask.model, ask.embed)
+        else:
+            answer = Answer(turns, ask.chat, answer_id, now_ms() // 1000, ask.model, ask.sampling.logprobs is not None)
         return Answering(generation, answer, self.service.limits, ask.stream, ask.include_usage, keep)
 
     async def models(self) -> Response:

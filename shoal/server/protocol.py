@@ -31,6 +31,7 @@ from shoal.server.problem import Problem
 from shoal.server.turns import Form
 
 MAX_CHOICES = 16
+MAX_INPUTS = 256  # texts of one request to embed
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
 MAX_TOKENS = 2**24
@@ -100,13 +101,17 @@ def biases(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-def prompts(value: Any) -> Any:
+def prompts(value: Any, most: int = MAX_CHOICES) -> Any:
     """Text, token ids, or a list of either → a list of prompts."""
     if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int)):
         value = [value]
-    if isinstance(value, list) and len(value) > MAX_CHOICES:
-        raise fault(f"{len(value):,} prompts; at most {MAX_CHOICES}")
+    if isinstance(value, list) and len(value) > most:
+        raise fault(f"{len(value):,} prompts; at most {most}")
     return value
+
+
+def inputs(value: Any) -> Any:
+    return prompts(value, MAX_INPUTS)
 
 
 TEXT_OR_PARTS: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
@@ -121,7 +126,17 @@ Biases = Annotated[
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
 ]
 TokenIds = Annotated[list[TokenId], First()]
-Prompts = Annotated[list[str | TokenIds], Field(min_length=1), First(), BeforeValidator(prompts)]
+Texts = Annotated[list[str | TokenIds], Field(min_length=1), First()]
+Prompts = Annotated[Texts, BeforeValidator(prompts)]
+TEXTS_OR_IDS: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "minItems": 1},
+    ]
+}
+Inputs = Annotated[Texts, BeforeValidator(inputs), WithJsonSchema(TEXTS_OR_IDS)]
 Named = Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")]  # what a database can be asked for
 Metadata = Annotated[dict[str, str], BeforeValidator(few)]
 
@@ -307,6 +322,14 @@ class CompletionRequest(Drawn):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
+class EmbeddingRequest(Strict):
+    model: str = Field(min_length=1, max_length=256)
+    input: Inputs
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: None = None  # a model's vectors have one length
+    user: str | None = Field(None, max_length=256)
+
+
 class BatchRequest(Strict):
     input_file_id: Named
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]
@@ -330,6 +353,12 @@ class Ask:
     stream: bool
     include_usage: bool
     user: str | None
+    embed: Literal["float", "base64"] | None = None  # how vectors are written, where they are all that is wanted
+
+    @property
+    def field(self) -> str:
+        """Where its text came from."""
+        return "messages" if self.chat else "input" if self.embed else "prompt"
 
     @property
     def text_bytes(self) -> int:
@@ -402,6 +431,28 @@ def read_completion(body: bytes) -> Ask:
         stream=bool(asked.stream),
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         user=asked.user,
+    )
+
+
+def read_embedding(body: bytes) -> Ask:
+    """Raises Problem 400 that names the field at fault."""
+    asked = read(EmbeddingRequest, body)
+    if any(len(text) == 0 for text in asked.input):
+        raise Problem(400, "an empty input", "input", "empty")
+    return Ask(
+        chat=False,
+        model=asked.model,
+        messages=(),
+        prompts=tuple(asked.input),
+        suffix=None,
+        form=Form(),
+        sampling=Sampling(temperature=0),
+        n=1,
+        max_tokens=0,
+        stream=False,
+        include_usage=False,
+        user=asked.user,
+        embed=asked.encoding_format or "float",
     )
 
 

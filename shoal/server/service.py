@@ -138,7 +138,7 @@ class Service:
             total = sum(map(len, prompts))
             allowed = self.keys.allowed(key, total, None if ask.max_tokens is None else ask.max_tokens * n, most * n)
             self.check_open(priority)  # again: tokenising took its time
-            fits = min(room, max(1, allowed // n))
+            fits = 0 if ask.embed else min(room, max(1, allowed // n))
             buffered = self.limits.buffered_deltas if ended is None else MUCH  # nobody reads those before their end
             generation = self.prepare(ask, key, request_id, route, priority, prompts, fits, buffered)
             if ended is None:
@@ -165,27 +165,27 @@ class Service:
             message = (
                 f"a prompt of {size:,} bytes; the context of {self.engine.context:,} tokens takes at most {most:,}"
             )
-            raise Problem(400, message, "messages" if ask.chat else "prompt", "context_length_exceeded")
+            raise Problem(400, message, ask.field, "context_length_exceeded")
         return size
 
     def tokens(self, ask: Ask) -> list[list[int]]:
         if ask.chat:
             return [self.turns.render(ask.messages, ask.form)]
-        return [self.prompt_tokens(prompt, ask.suffix) for prompt in ask.prompts]
+        return [self.prompt_tokens(prompt, ask) for prompt in ask.prompts]
 
-    def prompt_tokens(self, prompt: str | list[int], suffix: str | None) -> list[int]:
+    def prompt_tokens(self, prompt: str | list[int], ask: Ask) -> list[int]:
         if isinstance(prompt, str):
-            return self.turns.document(prompt) if suffix is None else self.turns.infill(prompt, suffix)
+            return self.turns.document(prompt) if ask.suffix is None else self.turns.infill(prompt, ask.suffix)
         if wrong := [token for token in prompt if token >= self.turns.vocab_size]:
             message = f"the token id {wrong[0]}; the vocabulary has {self.turns.vocab_size:,}"
-            raise Problem(400, message, "prompt", "token_out_of_range")
+            raise Problem(400, message, ask.field, "token_out_of_range")
         return prompt
 
     def check_room(self, ask: Ask, room: int, longest: int) -> None:
-        context, field = self.engine.context, "messages" if ask.chat else "prompt"
+        context = self.engine.context
         if room < 1:
             message = f"a prompt of {longest:,} tokens; at most {context - 1:,} fit the context of {context:,}"
-            raise Problem(400, message, field, "context_length_exceeded")
+            raise Problem(400, message, ask.field, "context_length_exceeded")
         if ask.max_tokens is not None and ask.max_tokens > room:
             message = (
                 f"a prompt of {longest:,} tokens and max_tokens {ask.max_tokens:,}, the context is {context:,}: "
@@ -222,7 +222,8 @@ class Service:
         )
         for index in range(len(prompts) * ask.n):
             choice = Choice(index, index // ask.n, self.turns.output(ask.form, ask.chat, prompts[index // ask.n]))
-            choice.guide = None if choice.output.guide is None else Watched(choice.output.guide)
+            guide = None if ask.embed else choice.output.guide
+            choice.guide = None if guide is None else Watched(guide)
             choice.request = Request(
                 tokens=tuple(prompts[choice.prompt]),
                 max_tokens=max_tokens,
@@ -232,6 +233,7 @@ class Service:
                 guide=choice.guide,
                 priority=priority,
                 salt=key.tenant,
+                embed=ask.embed is not None,
             )
             generation.choices.append(choice)
         return generation

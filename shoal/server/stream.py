@@ -183,6 +183,7 @@ class Answering(Response):
             for event in events:
                 for delta in event.deltas:
                     written[event.index].add(delta)
+                written[event.index].hidden += event.hidden
             if self.generation.problem is not None or all(c.finish for c in self.generation.choices):
                 return True
             if self.loop.time() - self.last_sent > self.limits.keep_alive_seconds:

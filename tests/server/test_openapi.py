@@ -14,6 +14,7 @@ EXAMPLES = 40  # an operation and mode
 GOOD = {
     "/v1/chat/completions": {"model": NAME, "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": NAME, "prompt": "hi"},
+    "/v1/embeddings": {"model": NAME, "input": "hi"},
 }
 MODES = ("positive", "negative")
 
@@ -25,7 +26,13 @@ def test_no_request_makes_a_5xx(tmp_path):
         operations = [result.ok() for result in schema.get_all_operations()]
         assert {"/v1/chat/completions", "/v1/files", "/health"} <= {o.path for o in operations}
         tried = {(o.method.upper(), o.path, mode): sent(s, o, mode) for o in operations for mode in MODES}
-        for path, taken in (("chat/completions", 200), ("completions", 200), ("files", 200), ("batches", 404)):
+        for path, taken in (
+            ("chat/completions", 200),
+            ("completions", 200),
+            ("embeddings", 200),
+            ("files", 200),
+            ("batches", 404),
+        ):
             assert taken in tried["POST", f"/v1/{path}", "positive"], path
             assert tried["POST", f"/v1/{path}", "negative"].count(400) >= EXAMPLES / 4, path
         assert s.ask().status_code == 200

@@ -96,3 +96,10 @@ def test_logprobs_are_those_of_the_tokens(real):
     choice = real.client().chat.completions.create(**asked).choices[0]
     for token in choice.logprobs.content:
         assert token.logprob == max(t.logprob for t in token.top_logprobs) and len(token.top_logprobs) == 3
+
+
+def test_texts_that_are_alike_lie_closer_together(real):
+    texts = ["def add(a, b):", "def add(a, c):", "größer 漢字 🙂"]
+    vectors = [e.embedding for e in real.client().embeddings.create(model=NAME, input=texts).data]
+    one, like, other = (sum(x * y for x, y in zip(vectors[0], v)) for v in vectors)
+    assert one == pytest.approx(1, abs=1e-5) and like > other
