@@ -3,14 +3,13 @@
     python -m bench.overhead [--quick]
 
 The engine (`bench.scripted`) has no model. It is asked in turns in this process, and through a server in another one:
-HTTP, key, JSON, chat template, tokenizer, journal, ledger, streaming. What is above the engine is the difference, of the
-medians over the requests of a round.
+HTTP, key, JSON, chat template, tokenizer, journal, ledger, streaming. What is above the engine is the difference of the
+medians over a round's requests.
 
     a request        of one token, from the first byte sent to the last one read, over one open connection
     a token          how much longer a stream takes for each token more, the engine giving them at once
-    a spaced token   one every 2 ms: it shares no wake-up, write or packet with another. What it costs is processor
-                     time of the server's process, most of it the system's: a sleeping event loop that a thread wakes
-                     for a bare `send` costs some 80 µs on a virtual machine. No limit is set for it.
+    a spaced token   one every 2 ms, which shares no wake-up, write or packet with another: processor time of the
+                     server's process. Most of it is the system's, for waking a loop that sleeps; there is no limit.
 """
 
 import argparse

@@ -57,7 +57,7 @@ def setup(threads: int | None = None, seed: int = 0, device: Literal["cpu", "cud
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda", "a GPU that this torch can use", "see `shoal doctor`, or choose cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports inductor: a second
     # Filling new tensors only guards against reading unset memory, and costs bandwidth.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     seed_everything(seed)

@@ -62,7 +62,9 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> Transformer:
 
 
 def allocate(model: Transformer, device: torch.device | str) -> None:
-    model.to_empty(device=device)
+    # Not `to_empty`: on meta tensors it imports sympy, for half a second.
+    places = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in model.state_dict().items()}
+    model.load_state_dict(places, assign=True)
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
     for buffer in model.buffers():
