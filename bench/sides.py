@@ -17,11 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 from bench.shape import THREADS
 from shoal.runtime import idle_cores
 
 LOGS = Path("build/bench")
+T = TypeVar("T")
 
 
 class SideFailed(Exception):
@@ -92,7 +94,7 @@ def interleave(sides: Sequence[Side], rounds: int, warmup: int) -> dict[str, lis
     return answers
 
 
-def turned(sides: Sequence[Side], i: int) -> list[Side]:
+def turned(sides: Sequence[T], i: int) -> list[T]:
     first = i % len(sides)
     return [*sides[first:], *sides[:first]]
 
