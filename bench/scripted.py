@@ -103,6 +103,7 @@ def main(pause: float) -> None:
     from shoal.server.auth import Keys
     from shoal.server.http import Server, build
     from shoal.server.ledger import Ledger
+    from shoal.server.limits import Limits
     from shoal.server.service import Service
 
     words = tokenizer()
@@ -110,7 +111,9 @@ def main(pause: float) -> None:
     with tempfile.TemporaryDirectory(dir="build/bench") as folder:
         ledger = Ledger(f"sqlite:///{folder}/ledger.db")
         _, key = ledger.new_key("bench")
-        service = Service(engine, Turns(words, VOCAB), NAME, ledger, Path(folder) / "journals", Keys(required=True))
+        turns, keys = Turns(words, VOCAB), Keys(required=True)
+        patient = Limits(idle_seconds=600)  # the connection stays open while the other side is asked
+        service = Service(engine, turns, NAME, ledger, Path(folder) / "journals", keys, patient)
         server = Server(service, build(service), "127.0.0.1", 0)
         thread = threading.Thread(target=server.run)
         thread.start()

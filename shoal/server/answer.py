@@ -14,6 +14,7 @@ from shoal.server.ledger import NANO, Prices
 from shoal.server.turns import Delta, Turns
 
 DONE = b"data: [DONE]\n\n"
+encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each token
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Answer:
     def whole(self, choices: Sequence[tuple[Written, str]], spent: Spent) -> bytes:
         shape = self.chat_choice if self.chat else self.text_choice
         found = [shape(i, written, finish) for i, (written, finish) in enumerate(choices)]
-        return json.dumps(self.head | {"choices": found, "usage": spent.fields()}, ensure_ascii=False).encode()
+        return encode(self.head | {"choices": found, "usage": spent.fields()}).encode()
 
     def chat_choice(self, index: int, written: Written, finish: str) -> dict[str, Any]:
         content = "".join(written.content)
@@ -126,7 +127,7 @@ class Answer:
 
     def event(self, choices: list[dict[str, Any]], spent: Spent | None = None) -> bytes:
         usage = f', "usage": {json.dumps(spent.fields())}' if spent else ""
-        return f"data: {self.start}{json.dumps(choices, ensure_ascii=False)}{usage}}}\n\n".encode()
+        return f"data: {self.start}{encode(choices)}{usage}}}\n\n".encode()
 
     def chat_logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
         return [

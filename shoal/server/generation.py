@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from shoal.engine.request import Engine, Guide, Request, Sink, Step
 from shoal.errors import RequestError
@@ -74,8 +74,7 @@ class Choice:
         self.counts = Counts(prompt, max(self.counts.cached, step.usage.cached), completion)
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What happened to a choice: more of it, or its end."""
 
     index: int
