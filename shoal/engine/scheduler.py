@@ -127,7 +127,7 @@ class Scheduler:
     def _shared_soon(self, stream: Stream) -> bool:
         """Whether a running prompt is about to compute the next unit that this one needs."""
         unit = self.pages.known(stream.keys())
-        if (unit + 1) * UNIT >= len(stream.tokens):
+        if stream.request.embed or (unit + 1) * UNIT >= len(stream.tokens):
             return False
         ahead = (s for s in self.running if not s.decoding and (unit + 1) * UNIT <= len(s.tokens))
         return any(other.key(unit) == stream.key(unit) for other in ahead)

@@ -14,7 +14,8 @@ are never touched by it.
 A draft is fed only where the module is sure enough. The gate looks at its largest probability and never at the token
 drawn: to drop drafts by their own luck would bend the distribution that the rejection rule keeps.
 
-`Worth` decides whether drafting pays at all. While it rests the module doesn't run: a stream remembers the hidden
+How sure is enough depends on what a row more costs, which experts it wakes and how the machine is used otherwise; so
+`Worth` measures it, and whether drafting pays at all. While it doesn't the module rests: a stream remembers the hidden
 states of its last positions, so that a trial begins with some context, and forgets those before them.
 
 Shapes: T positions the module takes, B streams, V vocabulary.
@@ -30,19 +31,18 @@ from shoal.engine.attend import Span
 from shoal.engine.runner import Runner
 from shoal.engine.stream import Stream
 
-GATE = 0.5  # least probability, by the module, that the whole chain of drafts holds
+GATES = (0.5, 0.2, 0.0)  # least probability, by the module, that the whole chain of drafts holds
 REMEMBERED = 64  # positions of a stream that a resting module can catch up with
 
 
 class Speculator:
     def __init__(self, runner: Runner, depth: int):
         self.runner, self.depth = runner, depth
-        self.gate = GATE
         self.worth = Worth()
 
-    def follow(self, streams: Sequence[Stream], drafting: bool) -> None:
-        """After a step's draws: bring the module's rows up to date and draft, or rest."""
-        if not drafting:
+    def follow(self, streams: Sequence[Stream], gate: float | None) -> None:
+        """After a step's draws: bring the module's rows up to date and draft, or rest (None)."""
+        if gate is None:
             for stream in streams:
                 rest(stream)
             return
@@ -57,15 +57,15 @@ class Speculator:
             stream.module_computed, stream.pending = stream.computed, []
         ready = [s.decoding and not s.steered for s in due]
         hidden_BD, logits_BV = self.runner.module(hidden_TD, following, spans, ready)
-        self._draft([s for s, r in zip(due, ready) if r], hidden_BD, logits_BV)
+        self._draft([s for s, r in zip(due, ready) if r], hidden_BD, logits_BV, gate)
 
-    def _draft(self, streams: list[Stream], hidden_BD: Tensor, logits_BV: Tensor) -> None:
+    def _draft(self, streams: list[Stream], hidden_BD: Tensor, logits_BV: Tensor, gate: float) -> None:
         """The first drafts by these logits, deeper ones by the module on its own output."""
         sure_B = torch.ones(len(streams), device=hidden_BD.device)
         for depth in range(1, self.depth + 1):
             sure_B = sure_B * (logits_BV.amax(-1) - logits_BV.logsumexp(-1)).exp()
             room = [len(s.tokens) + depth < s.limit for s in streams]
-            on = [b for b, sure in enumerate((sure_B >= self.gate).tolist()) if sure and room[b]]
+            on = [b for b, sure in enumerate((sure_B >= gate).tolist()) if sure and room[b]]
             if not on:
                 return
             streams = [streams[b] for b in on]
@@ -84,24 +84,24 @@ def rest(stream: Stream) -> None:
 
 
 class Worth:
-    """Which of two ways, with or without drafts, gives more tokens a second. Each batch size (to a power of two) has
-    its own answer. The way that lost is tried again for TRIAL steps after REST, and after twice as many each time it
-    loses again, up to LONGEST."""
+    """Which way gives most tokens a second: no drafts (None), or those that pass one of GATES. Each batch size (to a
+    power of two) has its own answer. One of the ways that lost is tried again for TRIAL steps after REST, and after
+    twice as many each time it loses again, up to LONGEST."""
 
-    TRIAL, REST, LONGEST = 8, 256, 1024
+    TRIAL, REST, LONGEST = 12, 256, 1024
 
     def __init__(self):
         self._sizes: dict[int, _Ways] = {}
 
-    def __call__(self, streams: int) -> bool:
-        """Whether this step should draft."""
-        return self._of(streams).drafting
+    def __call__(self, streams: int) -> float | None:
+        """The way of this step."""
+        return self._of(streams).way
 
     def record(self, streams: int, tokens: int, seconds: float) -> None:
         """What a step of so many decoding streams (and nothing else) gave."""
         ways = self._of(streams)
         ways.steps += 1
-        if ways.steps > 1:  # the first verifies what the other way drafted, or nothing
+        if ways.steps > 1:  # the first verifies what another way drafted, or nothing
             ways.tokens += tokens
             ways.seconds += seconds
         if ways.steps > ways.length:
@@ -113,18 +113,26 @@ class Worth:
 
 class _Ways:
     def __init__(self):
-        self.drafting, self.length, self.rest = True, Worth.TRIAL, Worth.REST
-        self.speed: dict[bool, float] = {}  # tokens a second when last tried
-        self.better: bool | None = None
+        self.to_try: list[float | None] = [*GATES, None]
+        self.way, self.length, self.rest = self.to_try[0], Worth.TRIAL, Worth.REST
+        self.speed: dict[float | None, float] = {}  # tokens a second when last tried
+        self.best: float | None = self.way
         self.steps, self.tokens, self.seconds = 0, 0, 0.0
 
     def turn(self) -> None:
-        """A stretch is over: stay with the better way for long, or try the one that wasn't tried last."""
-        self.speed[self.drafting] = self.tokens / max(self.seconds, 1e-9)
+        """A stretch is over: try the next way, or stay with the best for long."""
+        self.speed[self.way] = self.tokens / max(self.seconds, 1e-9)
         self.steps, self.tokens, self.seconds = 0, 0, 0.0
-        if len(self.speed) < 2 or self.length > Worth.TRIAL:
-            self.drafting, self.length = not self.drafting, Worth.TRIAL
+        waiting = [way for way in self.to_try if way not in self.speed]
+        if waiting or self.length > Worth.TRIAL:
+            self.way, self.length = waiting[0] if waiting else self._another(), Worth.TRIAL
             return
-        before, self.better = self.better, self.speed[True] > self.speed[False]
-        self.rest = min(2 * self.rest, Worth.LONGEST) if self.better == before else Worth.REST
-        self.drafting, self.length = self.better, self.rest
+        before, self.best = self.best, max(self.speed, key=self.speed.__getitem__)
+        self.rest = min(2 * self.rest, Worth.LONGEST) if self.best == before else Worth.REST
+        self.way, self.length = self.best, self.rest
+
+    def _another(self) -> float | None:
+        """Of the ways that aren't the best, the one tried longest ago."""
+        way = next(way for way in self.to_try if way != self.best)
+        self.to_try.append(self.to_try.pop(self.to_try.index(way)))
+        return way

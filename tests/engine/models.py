@@ -62,20 +62,20 @@ def expected(m: Transformer, tokens: tuple[int, ...], n: int) -> list[int]:
 
 
 class Fixed(Worth):
-    """Drafts always, or never, whatever it brings."""
+    """One way, whatever it brings."""
 
-    def __init__(self, drafting: bool):
+    def __init__(self, way: float | None):
         super().__init__()
-        self.drafting = drafting
+        self.way = way
 
-    def __call__(self, streams: int) -> bool:
-        return self.drafting
+    def __call__(self, streams: int) -> float | None:
+        return self.way
 
 
-def speculating(m: Transformer, depth: int, gate: float = 0.0, drafting: bool = True, **more) -> LocalEngine:
+def speculating(m: Transformer, depth: int, gate: float | None = 0.0, **more) -> LocalEngine:
     engine = LocalEngine(m, speculate=depth, **more)
     assert engine._speculator is not None
-    engine._speculator.gate, engine._speculator.worth = gate, Fixed(drafting)
+    engine._speculator.worth = Fixed(gate)
     return engine
 
 

@@ -1,4 +1,4 @@
-"""What the tests of this room share: a server that most of them ask, which nothing they do may change, and databases."""
+"""What the tests of this room share: a server that most of them ask (nothing may change it), and databases."""
 
 import os
 import shutil
