@@ -1,7 +1,8 @@
-"""The shape and the batches that every side of a speed or memory bench is given. Peers read the batches from a file.
+"""The shapes and the batches that every side of a speed or memory bench is given. Peers read the batches from a file.
 
 107.5M parameters, 26M of them in matrices that multiply a token: DeepSeek-V3's architecture without its multi-token
-module, which no peer trains. Eight rows of 512 tokens of real code (the interpreter's own library) make a step.
+module, which no peer trains. Eight rows of 512 tokens of real code (the interpreter's own library) make a step. `LARGE`
+is for what only reads weights: 1.39B parameters, 193M of them a token's, more than any cache holds.
 """
 
 from pathlib import Path
@@ -20,6 +21,16 @@ SHAPE = ModelConfig(
     ),
     moe=MoEConfig(n_routed_experts=32, n_shared_experts=1, n_activated=4, moe_dim=256, n_group=4, topk_group=2),
     init_std=0.02,
+)
+LARGE = ModelConfig(
+    vocab_size=8192,
+    dim=1024,
+    n_layers=14,
+    hidden_dim=4096,
+    attention=MLAConfig(
+        n_heads=16, q_lora_rank=192, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
+    ),
+    moe=MoEConfig(n_routed_experts=64, n_shared_experts=1, n_activated=6, moe_dim=512, n_group=4, topk_group=2),
 )
 ROWS, CONTEXT, THREADS = 8, 512, 2
 STEP_TOKENS = ROWS * CONTEXT

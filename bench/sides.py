@@ -25,6 +25,8 @@ from shoal.runtime import idle_cores
 LOGS = Path("build/bench")
 T = TypeVar("T")
 
+T = TypeVar("T")
+
 
 class SideFailed(Exception):
     """A side's process ended. Holds the end of what it said."""

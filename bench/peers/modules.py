@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.shape import BETAS, LEARNING_RATE, WEIGHT_DECAY
+from bench.shape import BETAS, LEARNING_RATE, WEIGHT_DECAY, batch
 
 
 class ModuleTrainer:
@@ -21,8 +20,8 @@ class ModuleTrainer:
             model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
 
-    def step(self, rows: np.ndarray) -> dict[str, float]:
-        loss = self.loss(torch.from_numpy(rows))
+    def step(self, number: int) -> dict[str, float]:
+        loss = self.loss(torch.from_numpy(batch(number)))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,10 +1,9 @@
 """Shoal's own step as it trains: fp32 masters, clipping, router biases, balance loss and all, under `shoal.runtime`."""
 
-import numpy as np
 import torch
 
 from bench.peers.modules import nbytes
-from bench.shape import BETAS, CONTEXT, LEARNING_RATE, ROWS, SHAPE, STEP_TOKENS, THREADS, WEIGHT_DECAY
+from bench.shape import BETAS, CONTEXT, LEARNING_RATE, ROWS, SHAPE, STEP_TOKENS, THREADS, WEIGHT_DECAY, batch
 from shoal import runtime
 from shoal.data.loader import Batch
 from shoal.train.config import BatchConfig, OptimConfig, PretrainConfig
@@ -32,11 +31,12 @@ class OurTrainer:
         runtime.setup(THREADS, device="cpu")
         self.state = TrainState(CONFIG, "cpu")
 
-    def step(self, rows: np.ndarray) -> dict[str, float]:
+    def step(self, number: int) -> dict[str, float]:
+        rows = batch(number)
         tokens_T, targets_T = (torch.from_numpy(x.flatten()) for x in (rows[:, :-1], rows[:, 1:]))
         positions_T = torch.arange(CONTEXT).repeat(ROWS)
-        batch = Batch(tokens_T, targets_T, positions_T, (CONTEXT,) * ROWS, n_bytes=0, ids=tuple(range(ROWS)))
-        result = train_step(self.state, [batch])
+        packed = Batch(tokens_T, targets_T, positions_T, (CONTEXT,) * ROWS, n_bytes=0, ids=tuple(range(ROWS)))
+        result = train_step(self.state, [packed])
         assert result.skipped is None, result.skipped
         return {"loss": result.loss}
 

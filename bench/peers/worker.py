@@ -7,7 +7,8 @@ Commands come as lines on stdin, each is answered by one line of JSON on stdout:
     step N           {"seconds", …}: one whole step on batch N (forward, backward, update) and what the adapter reports
     memory           {"peak", "baseline", parts…} in bytes: VmHWM, resident size after imports, tensors by use
 
-An adapter is a module with `missing() -> str | None` and `build(variant) -> Trainer`.
+An adapter is a module with `missing() -> str | None` and `build(variant) -> Trainer`. Where a step is generating tokens
+the adapter reports the seconds that count, and there are no parts.
 """
 
 import gc
@@ -19,14 +20,12 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-from bench.shape import THREADS, batch
+from bench.shape import THREADS
 
 
 class Trainer(Protocol):
-    def step(self, rows: np.ndarray) -> dict[str, float]:
-        """Train on int64 [rows, context + 1]; returns at least the loss."""
+    def step(self, number: int) -> dict[str, float]:
+        """Train on batch `number`; returns at least the loss."""
         ...
 
     def parts(self) -> dict[str, int]:
@@ -54,10 +53,9 @@ def main(name: str, variant: str = "") -> None:
             if command == "build":
                 answer(seconds=time.perf_counter() - began)
         if command == "step":
-            rows = batch(int(words[0]))
             began = time.perf_counter()
-            report = trainer.step(rows)
-            answer(seconds=time.perf_counter() - began, **report)
+            report = trainer.step(int(words[0]))
+            answer(**{"seconds": time.perf_counter() - began} | report)
         elif command == "memory":
             answer(peak=status("VmHWM"), baseline=baseline, **trainer.parts())
 

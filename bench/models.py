@@ -1,0 +1,71 @@
+"""The models that are served side by side, with random weights: build/bench/small and build/bench/large.
+
+What weights say doesn't change how fast they are read, but where everything is nearly zero all tokens go to the same
+experts and nobody sees a mistake. So they are drawn to keep activations at size one, with norms around one and router
+biases that change what is chosen. The head's rows of special tokens are zero: greedy decoding never ends by itself.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.shape import LARGE, SHAPE
+from shoal.data.config import DataConfig
+from shoal.data.corpus import prepare as prepare_corpus
+from shoal.data.tokenizer import SPECIALS
+from shoal.model import hf
+from shoal.model.config import ModelConfig
+from shoal.model.transformer import Transformer
+
+SHAPES = {"small": SHAPE, "large": LARGE}
+FOLDER = Path("build/bench")
+PROMPT, DECODE, PREFILL = 16, 128, 512  # tokens: before decoding, decoded after the first one, and read at once
+
+
+def folder(name: str) -> Path:
+    return FOLDER / name
+
+
+def prompt(seed: int, n: int) -> list[int]:
+    """Random tokens, no special ones: nothing of it was ever in a cache."""
+    return np.random.default_rng(seed).integers(len(SPECIALS), SHAPE.vocab_size, n).tolist()
+
+
+def prepare(*names: str) -> None:
+    """Draw and write what isn't there yet; later benches find the folders."""
+    for name in names:
+        if not folder(name).exists():
+            print(f"drawing the weights of {folder(name)}", flush=True)
+            write(name)
+
+
+def write(name: str) -> None:
+    config = SHAPES[name]
+    tokenizer = prepare_corpus(DataConfig(vocab_size=config.vocab_size)).tokenizer
+    model = random_model(config, seed=1)
+    model.head.weight.data[[tokenizer.special_id(s) for s in SPECIALS]] = 0
+    fresh = FOLDER / f"{name}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    hf.save(model, fresh, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    tokenizer.save(fresh)
+    os.replace(fresh, folder(name))
+
+
+@torch.no_grad()
+def random_model(config: ModelConfig, seed: int) -> Transformer:
+    """Matrices bf16, norms and routers fp32."""
+    with torch.device("meta"):
+        model = Transformer(config).set_dtype(torch.bfloat16)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in model.state_dict().items():
+        if name.endswith("norm.weight"):
+            x.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith("router.bias"):
+            x.normal_(0, 0.1, generator=generator)
+        else:
+            x.normal_(0, 1 if name == "embed.weight" else x.shape[-1] ** -0.5, generator=generator)
+    return model
