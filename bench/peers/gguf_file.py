@@ -1,6 +1,6 @@
 """One of our models as a GGUF file, llama.cpp's format: architecture `deepseek2`, whose names `LAYER` translates.
 
-Most tensors lie there as ours do, experts stacked with gate and up in one (llama.cpp also reads them apart, 3% slower).
+Most tensors lie there as ours do, experts stacked and gate and up in one (apart, llama.cpp decodes 3% slower).
 The up-projection of the latent is split by head into keys, transposed so that they can be absorbed into the query, and
 values; attention then is of one key-value head as wide as the latent. Matrices are written in the model's dtype, norms
 and routers in fp32, as llama.cpp's own converter does.
