@@ -18,6 +18,7 @@ longer each time; while it rests, whoever submits or asks for stats is told.
 import logging
 import random
 from collections.abc import Sequence
+from math import isfinite
 from threading import Condition, Thread
 from time import perf_counter
 from typing import NamedTuple
@@ -356,10 +357,10 @@ class LocalEngine:
         stream.stored = stream.kept
 
     def _draw(self, work: list[Work], logits_RV: Tensor) -> list[Gain]:
-        finite_R = logits_RV.sum(-1).isfinite()
-        logits_RV[~finite_R] = 0  # their streams end here; the draws of others must not stumble over them
+        finite, gains, end = [isfinite(total) for total in logits_RV.sum(-1).tolist()], [], 0
+        if not all(finite):  # their streams end here; the draws of others must not stumble over them
+            logits_RV[[r for r, whole in enumerate(finite) if not whole]] = 0
         drawn = sampler.choose(logits_RV, [row for w in work for row in sampler.rows(w.stream, w.draws)])
-        finite, gains, end = finite_R.tolist(), [], 0
         for w in work:
             mine = slice(end, end + w.draws)
             end += w.draws
