@@ -27,16 +27,17 @@ from shoal.cli.opened import Opened, open_model
 from shoal.config import from_toml
 from shoal.data.corpus import Corpus, prepare
 from shoal.engine.engine import LocalEngine
-from shoal.engine.gather import Result
 from shoal.engine.request import Request, Sampling, Step
 from shoal.engine.speculate import Worth
 from shoal.errors import ModelError, ShoalError
 from shoal.run import Run
+from shoal.tasks.arithmetic import GENERATORS
 from shoal.train.config import PretrainConfig
 
 DEPTHS, BATCHES = (1, 2, 3), (1, 2, 4, 8, 16)
 CACHE_BYTES = 2**28
 PROMPT, NEW = 129, 192  # two pages and the token that is fed
+STREAMS = 4  # asked in a round, at least; smaller batches come one after the other
 LEAST_ONE, LEAST_ANY = 1.3, 0.97  # of the better depth at one stream; of any
 HOW = "make one with `shoal quickstart --minutes 10`"
 
@@ -48,20 +49,25 @@ class Always(Worth):
 
 @dataclass(frozen=True)
 class Spoken:
-    """What a batch came to: tokens a second of all streams, their tokens, drafts and those that stood."""
+    """What batches came to: tokens counted and their seconds; all streams' tokens, drafts, and those that stood."""
 
-    speed: float
+    counted: int
+    seconds: float
     tokens: list[list[int]]
     drafted: int
     accepted: int
+
+    @property
+    def speed(self) -> float:
+        return self.counted / self.seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?", default="latest")
-    parser.add_argument("--quick", action="store_true", help="two rounds instead of seven")
+    parser.add_argument("--quick", action="store_true", help="two rounds instead of seven, one batch of each size")
     args = parser.parse_args()
-    rounds = 2 if args.quick else 7
+    rounds, streams = (2, 1) if args.quick else (7, STREAMS)
     try:
         opened = open_model(args.model, "bfloat16", THREADS)
         corpus = held_out(opened)
@@ -74,10 +80,10 @@ def main() -> None:
     found: dict[tuple[int, int], list[Spoken]] = {row: [] for row in rows}
     for i in range(1 + rounds):  # the first warms up
         for batch in BATCHES:
-            prompts = [prompt(corpus, draws) for _ in range(batch)]
+            batches = [[prompt(corpus, draws) for _ in range(batch)] for _ in range(max(1, streams // batch))]
             asked = engines | always if batch == 1 else engines
             for depth in turned(tuple(asked), i):
-                spoken = speak(asked[depth], prompts)
+                spoken = together([speak(asked[depth], prompts) for prompts in batches])
                 if i:
                     found[depth, batch].append(spoken)
         print(f"  {f'round {i}' if i else 'warm-up'}", flush=True)
@@ -101,7 +107,8 @@ def held_out(opened: Opened) -> Corpus:
     if folder.parent.name != "checkpoints":
         raise ModelError(f"{folder} outside a run", "a run or one of its checkpoints, whose text is known", HOW)
     run = Run.open(folder.parent.parent)
-    corpus = prepare(from_toml(PretrainConfig, (run.path / "config.toml").read_text("utf-8")).data)
+    config = from_toml(PretrainConfig, (run.path / "config.toml").read_text("utf-8"))
+    corpus = prepare(config.data, GENERATORS)
     if corpus.tokenizer.sha256 != opened.tokenizer.sha256:
         raise ModelError("a corpus of another tokenizer", "the text as it was when the model was trained", HOW)
     return corpus
@@ -136,15 +143,15 @@ def speak(engine: LocalEngine, prompts: Sequence[tuple[int, ...]]) -> Spoken:
     results = engine.generate([Request(tokens, NEW, sink_of(i), greedy) for i, tokens in enumerate(prompts)])
     assert all(r.finish == "length" and r.usage.cached == PROMPT - 1 for r in results), results[0].usage
     (began, before), (ended, after) = marks["start"], marks["end"]
-    return Spoken((after - before) / (ended - began), [ids(r) for r in results], *drafts(results))
+    tokens = [[token.id for token in r.tokens] for r in results]
+    drafted, accepted = (sum(getattr(r.usage, name) for r in results) for name in ("drafted", "accepted"))
+    return Spoken(after - before, ended - began, tokens, drafted, accepted)
 
 
-def ids(result: Result) -> list[int]:
-    return [token.id for token in result.tokens]
-
-
-def drafts(results: Sequence[Result]) -> tuple[int, int]:
-    return sum(r.usage.drafted for r in results), sum(r.usage.accepted for r in results)
+def together(parts: Sequence[Spoken]) -> Spoken:
+    """Of batches that came one after the other."""
+    counted, drafted, accepted = (sum(getattr(p, name) for p in parts) for name in ("counted", "drafted", "accepted"))
+    return Spoken(counted, sum(p.seconds for p in parts), [t for p in parts for t in p.tokens], drafted, accepted)
 
 
 def report(found: dict[tuple[int, int], list[Spoken]], opened: Opened, rounds: int) -> None:
@@ -197,14 +204,13 @@ def limit(row: tuple[int, int], best: int) -> float | None:
 
 def share(rounds: Sequence[Spoken]) -> tuple[float | None, float]:
     """Of the drafts that were fed, how many stood; and how many were fed for each token that came."""
-    drafted, accepted = (sum(getattr(s, name) for s in rounds) for name in ("drafted", "accepted"))
-    tokens = sum(len(t) for s in rounds for t in s.tokens)
-    return accepted / drafted if drafted else None, drafted / tokens
+    whole = together(rounds)
+    return whole.accepted / whole.drafted if whole.drafted else None, whole.drafted / sum(map(len, whole.tokens))
 
 
 def alike(ours: Sequence[Spoken], plain: Sequence[Spoken]) -> float:
     """The share of streams whose tokens are the same as without drafts."""
-    pairs = [pair for a, b in zip(ours, plain, strict=True) for pair in zip(a.tokens, b.tokens, strict=True)]
+    pairs = list(zip(together(ours).tokens, together(plain).tokens, strict=True))
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
