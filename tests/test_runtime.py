@@ -51,6 +51,7 @@ def test_physical_cores_respect_the_affinity_mask(monkeypatch):
 
 
 CHECK = """
+import sys
 import torch
 from shoal import runtime
 chosen = runtime.setup(threads=1, seed=7, device="cpu")
@@ -58,6 +59,7 @@ first = torch.rand(3)
 assert torch.get_num_threads() == chosen.threads == 1, chosen
 assert torch.tensor(1e-40) * 1 == 0 and torch.are_deterministic_algorithms_enabled()
 assert not torch.utils.deterministic.fill_uninitialized_memory
+assert not {"torch._inductor", "sympy"} & sys.modules.keys(), "a second of every start"
 runtime.seed_everything(7)
 assert torch.equal(first, torch.rand(3))
 print(chosen.description)
