@@ -2,7 +2,8 @@
 
 What weights say doesn't change how fast they are read, but where everything is nearly zero all tokens go to the same
 experts and nobody sees a mistake. So they are drawn to keep activations at size one, with norms around one and router
-biases that change what is chosen. The head's rows of special tokens are zero: greedy decoding never ends by itself.
+biases that change what is chosen. The head's rows of special tokens are zero: greedy decoding never ends by itself. Nor
+does it walk in circles, which would keep a few experts in the caches: of 129 tokens 99 to 122 were different ones.
 """
 
 import os

@@ -20,7 +20,7 @@ def build(variant: str) -> "OneStream":
 
 
 class OneStream:
-    """ "decode": the seconds from the first token to the last. "prefill": those from the request to its first token."""
+    """To "decode" takes the seconds from the first token to the last, to "prefill" those to the first one."""
 
     def __init__(self, what: str, name: str):
         model = open_model(str(models.folder(name)), "bfloat16", THREADS).model
