@@ -19,7 +19,7 @@
 #define UNIT 64 /* tokens in a page: engine/pages.py */
 #define BLOCK 16 /* outputs in a task */
 #define TOGETHER 4 /* heads that share the reading of a key */
-#define MOST_CHOSEN 64
+#define AHEAD 0 /* bytes of weights asked for before they are needed */
 
 typedef struct { /* the same in ops/program.py */
     i64 kind, wait;
@@ -69,24 +69,25 @@ INLINE __m512 sums(const __m512 *v) {
 INLINE __m512bh pairs(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
 INLINE __m512bh half_pairs(const bf16 *p) { return (__m512bh)_mm512_maskz_loadu_epi32(0xff, p); }
 
-/* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart. */
+/* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart: one row of w after the other, as memory likes
+ * to be read. */
 INLINE void dots(const int MR, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[BLOCK]) {
     const int NR = BLOCK / MR;
     __m512 acc[BLOCK];
     for (int i = 0; i < BLOCK; i++) acc[i] = _mm512_setzero_ps();
-    i64 k = 0;
-    for (; k + 32 <= K; k += 32) {
-        __m512bh xs[4];
-        for (int m = 0; m < MR; m++) xs[m] = pairs(x[m] + k);
-        for (int n = 0; n < NR; n++) {
-            __m512bh wn = pairs(w + n * K + k);
-            for (int m = 0; m < MR; m++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], xs[m], wn);
+#pragma GCC unroll 16
+    for (int n = 0; n < NR; n++) {
+        const bf16 *row = w + n * K;
+        i64 k = 0;
+        for (; k + 32 <= K; k += 32) {
+            __m512bh wn = pairs(row + k);
+            _mm_prefetch((const char *)(row + k) + AHEAD, _MM_HINT_T0);
+            for (int m = 0; m < MR; m++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], pairs(x[m] + k), wn);
         }
-    }
-    if (k < K)
-        for (int n = 0; n < NR; n++)
+        if (k < K)
             for (int m = 0; m < MR; m++)
-                acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], half_pairs(x[m] + k), half_pairs(w + n * K + k));
+                acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], half_pairs(x[m] + k), half_pairs(row + k));
+    }
     float flat[BLOCK];
     _mm512_storeu_ps(flat, sums(acc));
     for (int m = 0; m < MR; m++) memcpy(tile[m], flat + m * NR, NR * sizeof(float));
