@@ -9,6 +9,7 @@ embeddings from clients, `best_of`, `echo`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -110,10 +111,6 @@ def prompts(value: Any, most: int = MAX_CHOICES) -> Any:
     return value
 
 
-def inputs(value: Any) -> Any:
-    return prompts(value, MAX_INPUTS)
-
-
 TEXT_OR_PARTS: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 Content = Annotated[str, BeforeValidator(joined), WithJsonSchema(TEXT_OR_PARTS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -136,7 +133,7 @@ TEXTS_OR_IDS: dict[str, Any] = {
         {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "minItems": 1},
     ]
 }
-Inputs = Annotated[Texts, BeforeValidator(inputs), WithJsonSchema(TEXTS_OR_IDS)]
+Inputs = Annotated[Texts, BeforeValidator(partial(prompts, most=MAX_INPUTS)), WithJsonSchema(TEXTS_OR_IDS)]
 Named = Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")]  # what a database can be asked for
 Metadata = Annotated[dict[str, str], BeforeValidator(few)]
 
