@@ -140,7 +140,8 @@ class CallForm:
     """How calls are spelled: open, `head` with a name in it, JSON arguments, `tail`, close.
 
     `pattern` finds the name (as JSON, or bare) in a head that somebody else wrote. `marks` are special tokens in some
-    vocabularies; their spelling counts as text where calls are looked for.
+    vocabularies; their spelling counts as text where calls are looked for. A form without tags can only be told where
+    an answer begins, and after a call.
     """
 
     open: str
@@ -149,6 +150,7 @@ class CallForm:
     pattern: str
     tail: str
     marks: tuple[str, ...]
+    leading: bool = False
 
 
 JSON_CALLS = CallForm(
@@ -170,6 +172,15 @@ DEEPSEEK_CALLS = CallForm(
 )
 BARE_DEEPSEEK_CALLS = replace(  # V3.1
     DEEPSEEK_CALLS, head="{}<｜tool▁sep｜>", pattern=r"\s*([^\s<]+)<｜tool▁sep｜>\s*\{", tail=""
+)
+LLAMA_CALLS = CallForm(
+    open="{",
+    close="}",
+    head='"name": "{}", "parameters": ',
+    pattern=r'\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"parameters"\s*:\s*\{',
+    tail="",
+    marks=(),
+    leading=True,
 )
 ENDS = (EOS, BOS, USER, "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
@@ -211,7 +222,9 @@ class Chat:
     def _calls(self, source: str) -> CallForm | None:
         if DEEPSEEK_MARKS[0] in source:
             return DEEPSEEK_CALLS if "```json" in source else BARE_DEEPSEEK_CALLS
-        return JSON_CALLS if JSON_CALLS.open in source else None
+        if JSON_CALLS.open in source:
+            return JSON_CALLS
+        return LLAMA_CALLS if '{"name": ' in source and '"parameters": ' in source else None
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict] = (), thinking: bool = True) -> list[int]:
         """Tokens after which the assistant goes on: with its next turn, or with the last message where that is a

@@ -37,6 +37,7 @@ class Calls:
         self.state = self._content
         self.buffer = ""  # of content: what may become a mark; of a call: its head or tail
         self.after_call = False
+        self.spoken = False  # something that is no call has come
         self.depth, self.in_string, self.escaped = 0, False, False
 
     def feed(self, text: str) -> Iterator[str | CallDelta]:
@@ -57,6 +58,14 @@ class Calls:
             text = text.lstrip()
             self.after_call = not text
         whole = self.buffer + text
+        if self.form.leading:
+            begins = whole.lstrip()
+            if not begins.startswith(self.form.open) or self.spoken:
+                self.spoken = self.spoken or bool(begins)
+                self.buffer = "" if self.spoken else whole
+                yield from [whole] * self.spoken
+                return ""
+            whole = begins
         before, found, rest = whole.partition(self.form.open)
         if found:
             self.buffer, self.state = "", self._head
@@ -76,10 +85,12 @@ class Calls:
                 self.depth, self.in_string, self.escaped = 0, False, False
                 return text[i - 1 :]
             if self.buffer.endswith(self.form.close):
+                self.spoken = True
                 yield self._in_another_order(self.buffer.removesuffix(self.form.close))
                 self.buffer, self.state = "", self._content
                 return text[i:]
             if len(self.buffer) > MOST_HEAD_CHARS:
+                self.spoken = True
                 yield self.form.open + self.buffer
                 self.buffer, self.state = "", self._content
                 return text[i:]
@@ -123,7 +134,7 @@ class Calls:
 
     def _tail(self, text: str):
         for i, char in enumerate(text, 1):
-            self.buffer = (self.buffer + char).lstrip(BETWEEN)
+            self.buffer = (self.buffer + char).lstrip(BETWEEN.replace(self.form.close, ""))
             if self.buffer == self.form.close:
                 self.buffer, self.state, self.after_call = "", self._content, True
                 return text[i:]

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from shoal.data import tokenizer as module
-from shoal.data.chat import BARE_DEEPSEEK_CALLS, DEEPSEEK_CALLS, JSON_CALLS, Call, Chat, Message
+from shoal.data.chat import BARE_DEEPSEEK_CALLS, DEEPSEEK_CALLS, JSON_CALLS, LLAMA_CALLS, Call, Chat, Message
 from shoal.data.tokenizer import SPECIALS, Tokenizer
 from shoal.errors import ModelError, RequestError
 
@@ -30,6 +30,10 @@ R1 = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<�
 {%- elif m['role'] == 'assistant' %}{% if '</think>' in m['content'] %}{{ raise_exception('reasoning') }}{% endif %}
 {{- '<｜Assistant｜>' + m['content'] + '<｜end▁of▁sentence｜>' }}{% else %}{{ raise_exception('no ' + m['role']) }}
 {%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
+LLAMA = """{{ bos_token }}{%- if tools %}{{- 'Respond with {"name": function name, "parameters": dictionary}.' }}
+{%- endif %}{%- for m in messages %}{{- m.role + m.content }}{%- for call in m.tool_calls or [] %}
+{{- '{"name": "' + call.function.name + '", ' + '"parameters": ' }}{{- call.function.arguments | tojson }}{{- '}' }}
+{%- endfor %}{%- endfor %}"""
 TALK = (Message("user", "What is 2 < 3 & 4?"), Message("assistant", "So."), Message("user", "é漢🙂\n\n  x"))
 
 
@@ -109,6 +113,7 @@ def test_the_form_of_calls_is_seen_in_the_template():
     for template, form in (
         (CHATML, JSON_CALLS),
         (R1, None),
+        (LLAMA, LLAMA_CALLS),
         ("<｜tool▁call▁begin｜>{{ messages }}", BARE_DEEPSEEK_CALLS),
         ("<｜tool▁call▁begin｜>```json{{ messages }}", DEEPSEEK_CALLS),
     ):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.data.chat import BARE_DEEPSEEK_CALLS, DEEPSEEK_CALLS, JSON_CALLS, CallForm
+from shoal.data.chat import BARE_DEEPSEEK_CALLS, DEEPSEEK_CALLS, JSON_CALLS, LLAMA_CALLS, CallForm
 from shoal.engine.calls import MOST_HEAD_CHARS, CallDelta, Calls, overlap
 
 FORMS = (JSON_CALLS, DEEPSEEK_CALLS, BARE_DEEPSEEK_CALLS)
@@ -58,10 +58,37 @@ def test_calls_come_back_as_they_were_written(form, given_, cuts):
     assert read(form, text, cuts) == ("Let me see.", [(f"f{i}", a) for i, a in enumerate(given_)])
 
 
-@given(st.lists(scraps, max_size=40).map("".join), st.lists(st.integers(0, 10**6), max_size=10))
-def test_cuts_change_nothing(text, cuts):
-    whole = read(JSON_CALLS, text, [])
-    assert read(JSON_CALLS, text, cuts) == whole == read(JSON_CALLS, text, list(range(len(text))))
+@given(st.lists(arguments, min_size=1, max_size=3), st.lists(st.integers(0, 10**6)))
+def test_calls_without_tags_come_back_too(given_, cuts):
+    text = "\n".join(spelled(LLAMA_CALLS, f"f{i}", a) for i, a in enumerate(given_))
+    assert read(LLAMA_CALLS, " " + text, cuts) == ("", [(f"f{i}", a) for i, a in enumerate(given_)])
+
+
+@given(
+    st.sampled_from([JSON_CALLS, LLAMA_CALLS]),
+    st.lists(scraps, max_size=40).map("".join),
+    st.lists(st.integers(0, 10**6), max_size=10),
+)
+def test_cuts_change_nothing(form, text, cuts):
+    whole = read(form, text, [])
+    assert read(form, text, cuts) == whole == read(form, text, list(range(len(text))))
+
+
+@pytest.mark.parametrize(
+    "text, content, calls",
+    [
+        ('{"type": "function", "name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
+        ('\n{ "name" : "f" ,"parameters":{} } \n', "", [("f", "{}")]),
+        ('{"name": "f", "parameters": {"a": "}"}} Done.', "Done.", [("f", '{"a": "}"}')]),
+        ('{"name": "Ann", "age": 3}', '{"name": "Ann", "age": 3}', []),
+        ('Use {"name": "f", "parameters": {}}', 'Use {"name": "f", "parameters": {}}', []),
+        ('{"a": 1} {"name": "f", "parameters": {}}', '{"a": 1} {"name": "f", "parameters": {}}', []),
+        ('{"name": "f", "param', '{"name": "f", "param', []),
+        ("  ", "  ", []),
+    ],
+)
+def test_calls_without_tags_stand_where_an_answer_begins(text, content, calls):
+    assert read(LLAMA_CALLS, text, list(range(len(text)))) == (content, calls)
 
 
 @given(st.lists(scraps, max_size=40).map("".join))

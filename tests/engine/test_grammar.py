@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from shoal.data.chat import DEEPSEEK_CALLS, JSON_CALLS
+from shoal.data.chat import DEEPSEEK_CALLS, JSON_CALLS, LLAMA_CALLS
 from shoal.engine.grammar import Grammar, Grammars
 from shoal.engine.request import Step
 from shoal.errors import RequestError
@@ -85,7 +85,7 @@ def test_any_object_parses(grammars, seed):
     assert isinstance(json.loads(text), dict) and text.encode().decode() == text
 
 
-@pytest.mark.parametrize("form", [JSON_CALLS, DEEPSEEK_CALLS])
+@pytest.mark.parametrize("form", [JSON_CALLS, DEEPSEEK_CALLS, LLAMA_CALLS])
 def test_calls_can_be_demanded(grammars, form):
     marks = MARKS.__class__(MARKS.ends, calls=form)
     for seed in range(4):
