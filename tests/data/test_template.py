@@ -146,7 +146,7 @@ def test_the_form_of_calls_is_seen_in_the_template():
         "x" * 2**21,
     ],
 )  # fmt: skip
-def test_hostile_templates_end_in_a_typed_error_in_bounded_time_and_memory(template):
+def test_49_hostile_templates_end_in_a_typed_error_in_bounded_time_and_memory(template):
     process = psutil.Process()
     before, start = process.memory_info().rss, time.monotonic()
     with pytest.raises(ModelError):

@@ -153,7 +153,7 @@ def set_id(token, value):
         (lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}), "refuses"),
     ],
 )
-def test_a_malformed_tokenizer_is_refused_by_name(tmp_path, change, message):
+def test_50_a_malformed_tokenizer_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         Tokenizer.load(saved(tmp_path, change))
 
@@ -164,7 +164,7 @@ def test_a_repeated_key_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_files_that_are_huge_missing_deep_or_not_text_are_refused(tmp_path):
+def test_50_files_that_are_huge_missing_deep_or_not_text_are_refused(tmp_path):
     file = tmp_path / "tokenizer.json"
     with pytest.raises(DataError, match="No such file"):
         Tokenizer.load(tmp_path)

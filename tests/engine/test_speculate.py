@@ -37,6 +37,20 @@ def test_good_drafts_save_steps(depth: int):
     engine.close()
 
 
+@pytest.mark.parametrize(
+    "penalty",
+    [{"presence_penalty": 1.0}, {"frequency_penalty": 0.7}, {"repetition_penalty": 1.4}],
+)
+def test_26_penalties_count_the_drafts_that_stood(penalty: dict):
+    m, tokens, sampling = foresighted(), prompt(20, 0, 16), Sampling(temperature=0, **penalty)
+    plain, drafting = LocalEngine(m), speculating(m, 3)
+    asked = request(tokens, 40, sampling)
+    right, found = (engine.generate([asked])[0] for engine in (plain, drafting))
+    assert ids(found) == ids(right) != expected(m, tokens, 40) and found.usage.accepted > 0
+    plain.close()
+    drafting.close()
+
+
 @pytest.mark.parametrize("sampling, gate", [(Sampling(), 0.0), (Sampling(0.7, top_p=0.9), 0.55)])
 def test_sampled_sequences_keep_their_distribution(sampling: Sampling, gate: float):
     """All 3⁴ continuations of a prompt against the model's own probabilities; drafts right and wrong, two deep."""

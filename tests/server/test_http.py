@@ -52,7 +52,7 @@ def test_the_reasoner_thinks_beside_its_answer(tmp_path):
         assert [row["reasoning"] for row in s.rows()] == [4, 4]
 
 
-def test_tool_calls_whole_and_streamed(tmp_path):
+def test_40_tool_calls_are_text_whole_and_streamed(tmp_path):
     hostile = '{"path": "$(rm -rf /)", "code": "__import__(\'os\').system(\'id\')"}'
     engine = FakeEngine(lambda _: [CALL, *hostile.encode(), END])
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]

@@ -153,7 +153,7 @@ def assert_clean(rendered: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_is_hostile_is_shown_and_never_run(text):
+def test_42_what_is_hostile_is_shown_and_never_run(text):
     rendered = page.render(text)
     assert_clean(rendered)
     if text.startswith("<") and not text.startswith("<https"):

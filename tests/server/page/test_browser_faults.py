@@ -15,7 +15,7 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.mark.parametrize("how", ["hostile answer", f"echo {HOSTILE}", HOSTILE])
-def test_hostile_output_is_shown_and_never_run(visit, how):
+def test_42_hostile_output_is_shown_and_never_run(visit, how):
     page = visit()
     ask(page, how)
     page.wait_for_timeout(300)
