@@ -291,12 +291,9 @@ def described(app: FastAPI) -> dict[str, Any]:
                 name = operation["summary"].lower().replace(" ", "_")
                 if model := BODIES.get(name):
                     ref = {"$ref": f"#/components/schemas/{model.__name__}"}
-                    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": ref}}}
+                    operation["requestBody"] = body_of("application/json", ref)
                 elif name == "upload":
-                    operation["requestBody"] = {
-                        "required": True,
-                        "content": {"multipart/form-data": {"schema": UPLOAD}},
-                    }
+                    operation["requestBody"] = body_of("multipart/form-data", UPLOAD)
         app.openapi_schema = found
     return app.openapi_schema
 

@@ -12,6 +12,7 @@ A client that goes is noticed by its closing connection, at once; one that stays
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -168,7 +169,9 @@ class Answering(Response):
             head = head | {"status": problem.status, "headers": problem.headers(self.generation.id)}
         else:
             finishes = [choice.finish or "stop" for choice in self.generation.choices]
-            body = self.answer.whole(list(zip(written, finishes)), self.generation.spent())
+            shape = partial(self.answer.whole, list(zip(written, finishes)), self.generation.spent())
+            vectors = any(w.hidden for w in written)  # a million numbers take a second to write down
+            body = await asyncio.to_thread(shape) if vectors else shape()
         if not begun:
             await send(head)
         await self.give(send, body, more=False)
