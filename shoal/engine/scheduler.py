@@ -5,11 +5,11 @@ goes; the rest of the budget goes to prompts, in chunks, in order of priority an
 than the budget has tokens, so none waits for a step that others fill.
 
 A stream is admitted when the cache has room for all its tokens so far, and a page more for each one running. It is
-passed over while another computes the prefix that both begin with: many answers to one prompt compute it once. Where a
-decoding stream finds no page to grow into, the last in order gives all of its pages back and waits; when it returns it
-computes again what can't be found in the cache. A prompt whose next unit is on the disk computes
-nothing until the engine has read it. Nothing can block for ever: the first in order may take every page from the
-others, all pages together hold the longest request, and who waits holds nothing.
+passed over while one before it computes the prefix that both begin with: many answers to one prompt compute it once.
+Where a decoding stream finds no page to grow into, the last in order gives all of its pages back and waits; when it
+returns it computes again what can't be found in the cache. A prompt whose next unit is on the disk computes nothing
+until the engine has read it. Nothing can block for ever: the first in order may take every page from the others, all
+pages together hold the longest request, and who waits holds nothing.
 """
 
 from bisect import bisect_left, insort
@@ -68,16 +68,16 @@ class Scheduler:
         before = self.preemptions
         work = self._decode([s for s in self.running if s.decoding])
         budget = self.max_batch_tokens - sum(len(w.tokens) for w in work)
-        for stream in [s for s in self.running if not s.decoding]:
-            budget -= self._prefill(stream, budget, work)
-        for stream in self.waiting.copy():
-            if not budget or self.preemptions != before or len(self.running) == self.max_batch_tokens:
+        full = len(self.running) == self.max_batch_tokens
+        for stream in sorted([*(s for s in self.running if not s.decoding), *self.waiting], key=order):
+            if not budget:
                 break
-            if self._shared_soon(stream):
-                continue
-            if not self._admit(stream):
-                break
-            budget -= self._prefill(stream, budget, work)
+            if not stream.pages:
+                if full or self.preemptions != before or self._shared_soon(stream):
+                    continue
+                full = not self._admit(stream) or len(self.running) == self.max_batch_tokens
+            if stream.pages:
+                budget -= self._prefill(stream, budget, work)
         if self.preemptions != before:
             work = [w for w in work if w.stream.pages]
         return sorted(work, key=lambda w: len(w.tokens))
@@ -125,12 +125,12 @@ class Scheduler:
         return True
 
     def _shared_soon(self, stream: Stream) -> bool:
-        """Whether a running prompt is about to compute the next unit that this one needs."""
+        """Whether a running prompt before this one is about to compute the next unit that it needs."""
         unit = self.pages.known(stream.keys())
         if stream.request.embed or (unit + 1) * UNIT >= len(stream.tokens):
             return False
-        ahead = (s for s in self.running if not s.decoding and (unit + 1) * UNIT <= len(s.tokens))
-        return any(other.key(unit) == stream.key(unit) for other in ahead)
+        ahead = (s for s in self.running if s.order < stream.order and not s.decoding)
+        return any(s.key(unit) == stream.key(unit) for s in ahead if (unit + 1) * UNIT <= len(s.tokens))
 
     def _admit(self, stream: Stream) -> bool:
         shared = self.pages.share(stream.keys())

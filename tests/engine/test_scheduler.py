@@ -99,6 +99,26 @@ def test_a_low_priority_makes_room():
     assert fake.finished == [high, low]
 
 
+def test_a_prompt_of_low_priority_lets_others_pass():
+    fake = Fake(32, budget=64)
+    low = fake.add(600, 3, priority=5)
+    fake.step()
+    high = fake.add(100, 3, text=1)
+    assert [(w.stream, len(w.tokens)) for w in fake.step()] == [(high, 64)]
+    assert [(w.stream, len(w.tokens)) for w in fake.step()] == [(low, 28), (high, 36)]
+    fake.run()
+
+
+def test_nobody_waits_for_a_prefix_that_a_later_one_computes():
+    fake = Fake(32, budget=64)
+    fake.add(600, 3, priority=5)
+    fake.step()
+    fake.add(300, 3, priority=1, text=1)
+    high = fake.add(600, 3)
+    assert [w.stream for w in fake.step()] == [high]
+    fake.run()
+
+
 def test_the_last_gives_its_pages_and_finds_most_of_them_again():
     fake = Fake(5, budget=512)
     first, last = fake.add(120, 100), fake.add(120, 100, text=1)
