@@ -214,9 +214,9 @@ def with_logprobs(raw_RV: Tensor, rows: Sequence[Row], tokens: Sequence[int]) ->
         index = [r for r, _ in asked]
         log_p_AV = raw_RV[index].log_softmax(-1)
         own_A = log_p_AV.gather(1, torch.tensor([[tokens[r]] for r in index]))[:, 0].tolist()
-        best, best_tokens = (x.tolist() for x in log_p_AV.topk(max(n for _, n in asked)))
         for a, (r, n) in enumerate(asked):
-            out[r] = Token(tokens[r], own_A[a], tuple(zip(best_tokens[a][:n], best[a][:n])))
+            best, best_tokens = log_p_AV[a].topk(n)  # alone: which of equals come first depends on n
+            out[r] = Token(tokens[r], own_A[a], tuple(zip(best_tokens.tolist(), best.tolist())))
     return out
 
 

@@ -116,6 +116,13 @@ def test_logprobs_are_those_of_the_raw_distribution():
     assert tokens[1].top == () and tokens[2].logprob is None
 
 
+def test_the_likeliest_of_equals_are_the_same_whatever_others_ask_for():
+    logits_RV = torch.randn(100, 8192, generator=torch.Generator().manual_seed(0)).mul(8).bfloat16().float()
+    few, many = row(temperature=0, logprobs=3), row(temperature=0, logprobs=20)
+    alone = choose(logits_RV, [few] * 100)
+    assert choose(torch.cat([logits_RV, logits_RV[:1]]), [few] * 100 + [many])[:100] == alone
+
+
 def test_redrawing_keeps_the_distribution_and_accepts_all_it_can():
     n, q_V = 40000, torch.tensor([0.1, 0.5, 0.0, 0.2, 0.2])
     u = [[uniform(9, i, purpose) for i in range(n)] for purpose in range(3)]
