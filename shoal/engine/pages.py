@@ -27,7 +27,8 @@ def units(tokens: int) -> int:
 
 
 def root(salt: str) -> Key:
-    return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    """Where a tenant's chain begins; `person` keeps it apart from every unit of every chain."""
+    return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"salt").digest()
 
 
 def chained(before: Key, tokens: Sequence[int]) -> Key:

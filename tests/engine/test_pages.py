@@ -23,6 +23,12 @@ def kept(pages: Pages, chain: list[Key]) -> list[int]:
     return taken
 
 
+def test_no_salt_begins_where_another_chain_goes_on():
+    before, tokens = b"a" * 16, [i * 0x01010101 for i in range(UNIT)]  # all of it UTF-8
+    salt = (before + b"".join(token.to_bytes(4, "little") for token in tokens)).decode()
+    assert root(salt) != chained(before, tokens)
+
+
 def test_a_key_stands_for_all_tokens_before_it_and_the_salt():
     a, b = list(range(192)), [7, *range(1, 192)]
     assert keys(a) == keys(list(a)) and len(set(keys(a))) == 3
