@@ -100,7 +100,7 @@ class LocalEngine:
         self._scheduler = self._make_scheduler()
         self._live: dict[Request, Stream] = {}
         self._inbox: list[Stream] = []
-        self._cancelled: list[Request] = []
+        self._cancelled: list[Stream] = []
         self._arrivals = self._steps = self._tokens_in = self._tokens_cached = 0
         self._tokens_out = self._drafted = self._accepted = self._loaded = 0
         self._faults = 0  # since the last whole step
@@ -131,7 +131,7 @@ class LocalEngine:
     def cancel(self, request: Request) -> None:
         with self._wake:
             if request in self._live:
-                self._cancelled.append(request)
+                self._cancelled.append(self._live[request])
                 self._wake.notify()
 
     def position(self, request: Request) -> int:
@@ -305,15 +305,14 @@ class LocalEngine:
             except Exception:
                 log.exception("a guide failed")
                 self._end(stream, "error", error=FAILED)
-        for request in cancelled:
-            if request in self._live:
-                self._end(self._live[request], "cancelled")
+        for stream in cancelled:
+            self._end(stream, "cancelled")
 
     def _compute(self, work: list[Work]) -> list[Gain]:
         """One step of the model, and what each stream got from it."""
         start, only_decoding = perf_counter(), all(w.stream.decoding for w in work)
         hidden_TD, logits_RV = self._runner.run(work)
-        gains = self._draw(work, logits_RV)
+        gains = self._draw(work, hidden_TD, logits_RV)
         for w, rows_TD in zip(work, hidden_TD.split([len(w.tokens) for w in work])):
             if w.stream.request.embed:
                 w.stream.pool(rows_TD)
@@ -356,16 +355,20 @@ class LocalEngine:
                 disk.write(stream.key(unit), self._cache.page(stream.pages[unit]))
         stream.stored = stream.kept
 
-    def _draw(self, work: list[Work], logits_RV: Tensor) -> list[Gain]:
-        finite, gains, end = [isfinite(total) for total in logits_RV.sum(-1).tolist()], [], 0
+    def _draw(self, work: list[Work], hidden_TD: Tensor, logits_RV: Tensor) -> list[Gain]:
+        finite, gains, start, end = [isfinite(total) for total in logits_RV.sum(-1).tolist()], [], 0, 0
         if not all(finite):  # their streams end here; the draws of others must not stumble over them
             logits_RV[[r for r, whole in enumerate(finite) if not whole]] = 0
         drawn = sampler.choose(logits_RV, [row for w in work for row in sampler.rows(w.stream, w.draws)])
+        fed = finite  # of all rows: others find their pages, or get them next
+        if len(hidden_TD) > len(finite):
+            fed = [isfinite(total) for total in hidden_TD.sum(-1).tolist()]
         for w in work:
-            mine = slice(end, end + w.draws)
-            end += w.draws
+            mine, its = slice(end, end + w.draws), slice(start, start + len(w.tokens))
+            start, end = its.stop, mine.stop
             taken = [] if w.stream.request.embed else drawn[mine]
-            gains.append(self._advance(w, taken) if all(finite[mine]) else Gain(w.stream, (), NOT_FINITE))
+            whole = all(finite[mine]) and all(fed[its])
+            gains.append(self._advance(w, taken) if whole else Gain(w.stream, (), NOT_FINITE))
         return gains
 
     def _advance(self, w: Work, drawn: Sequence[Token]) -> Gain:
@@ -402,8 +405,9 @@ class LocalEngine:
         self, stream: Stream, finish: Finish | None, tokens: tuple[Token, ...] = (), error: str | None = None
     ) -> None:
         with self._wake:
-            if self._live.pop(stream.request, None) is None:
+            if self._live.get(stream.request) is not stream:
                 return
+            del self._live[stream.request]
             pages = stream.pages
             self._tokens_cached += stream.cached or 0
             if error:

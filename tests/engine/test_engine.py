@@ -167,6 +167,28 @@ def test_a_cancelled_request_ends_within_a_step(made):
     engine.cancel(asked)  # ended long ago
 
 
+def test_a_cancel_is_for_what_was_under_way(made, monkeypatch):
+    """It came too late, and the same request is asked again: that one runs."""
+    engine, finishes, advance = made(), [], LocalEngine._advance
+
+    def late(self, w, drawn):
+        if not finishes:
+            self.cancel(asked)
+        return advance(self, w, drawn)
+
+    def sink(step: Step) -> None:
+        finishes.append(step.finish)
+        if len(finishes) == 1:
+            engine.submit(asked)
+
+    monkeypatch.setattr(LocalEngine, "_advance", late)
+    asked = request(prompt(9), 1, sink=sink)
+    engine.submit(asked)
+    while len(finishes) < 2:
+        time.sleep(0.01)
+    assert finishes == ["length", "length"]
+
+
 def test_many_come_and_go(made):
     """Cancelled while they wait, in the middle of their prompt, and while they decode."""
     engine, ended = made(memory_bytes=pages(made(), 8), max_batch_tokens=48, speculate=1), []
@@ -413,6 +435,17 @@ def test_numbers_that_are_not_finite_stay_with_their_request(made, kind: str):
         assert bad.finish == "error" and "finite" in (bad.error or "")
         assert ids(good) == right
     assert all(kept.isfinite().all() for layer in engine._cache.layers for kept in layer)
+
+
+def test_poison_is_found_before_anybody_shares_it(made):
+    """In the middle of a prompt, steps before its draw: whoever gets its pages next must not inherit it."""
+    m = Transformer(replace(LATENT, tie_embeddings=False)).init_weights(0)
+    m.embed.weight.data[7] = torch.nan
+    engine, clean = made(m, max_batch_tokens=32), tuple(t for t in prompt(200) if t != 7)
+    bad = engine.generate([request((*clean[:70], 7, *clean[70:180]), 9)])[0]
+    assert (bad.finish, engine.stats().steps) == ("error", 3)
+    assert all(kept.isfinite().all() for layer in engine._cache.layers for kept in layer)
+    assert engine.generate([request(clean, 2)])[0].usage.cached == 0
 
 
 @pytest.mark.parametrize(
