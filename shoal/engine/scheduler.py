@@ -95,11 +95,10 @@ class Scheduler:
         return work
 
     def loads(self, stream: Stream) -> bool:
-        """Whether what the stream needs next is on the disk: a whole unit, and not the last token."""
+        """Whether the unit that the stream needs next is on the disk."""
         unit, inside = divmod(stream.computed, UNIT)
-        if inside or stream.pending or stream.request.embed or stream.computed + UNIT >= len(stream.tokens):
-            return False
-        return self.on_disk(stream.key(unit))
+        waits = unit < stream.findable and not inside and not stream.pending
+        return waits and self.on_disk(stream.key(unit))
 
     def _prefill(self, stream: Stream, budget: int, work: list[Work]) -> int:
         if self.loads(stream):

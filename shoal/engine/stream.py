@@ -88,10 +88,15 @@ class Stream:
             self._keys.append(chained(before, self.tokens[start : start + UNIT]))
         return self._keys[unit]
 
+    @property
+    def findable(self) -> int:
+        """Units that may be found instead of computed: not that of the last token, which is drawn from, and none where
+        each token's hidden state is wanted."""
+        return 0 if self.request.embed else (len(self.tokens) - 1) // UNIT
+
     def keys(self) -> Iterator[Key]:
-        """Of the units that may be found in the cache: the last token must be computed, to draw from it; and each one
-        whose hidden state is wanted."""
-        return (self.key(unit) for unit in range(0 if self.request.embed else (len(self.tokens) - 1) // UNIT))
+        """Of the units that may be found."""
+        return (self.key(unit) for unit in range(self.findable))
 
     def pool(self, hidden_TD: Tensor) -> None:
         """Take the next positions into the mean; with the last one, this is the end."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine.gather import silent
-from shoal.engine.pages import UNIT, Pages
+from shoal.engine.pages import UNIT, Key, Pages
 from shoal.engine.request import Request
 from shoal.engine.scheduler import Scheduler, Work
 from shoal.engine.stream import Draft, Stream
@@ -15,9 +15,10 @@ from shoal.engine.stream import Draft, Stream
 class Fake:
     """Streams without a model: tokens appear, drafts are right by chance."""
 
-    def __init__(self, n_pages: int, budget: int, lookahead: int = 0, seed: int = 0):
-        self.pages, self.budget = Pages(n_pages), budget
-        self.scheduler = Scheduler(self.pages, budget, lookahead)
+    def __init__(self, n_pages: int, budget: int, lookahead: int = 0, seed: int = 0, stores: bool = False):
+        self.pages, self.budget, self.stores = Pages(n_pages), budget, stores
+        self.disk: set[Key] = set()
+        self.scheduler = Scheduler(self.pages, budget, lookahead, self.disk.__contains__)
         self.rng, self.arrivals, self.lookahead = random.Random(seed), 0, lookahead
         self.finished: list[Stream] = []
 
@@ -27,6 +28,15 @@ class Fake:
         self.arrivals += 1
         self.scheduler.add(stream)
         return stream
+
+    def load(self) -> bool:
+        """One page of whoever waits for one."""
+        for s in self.scheduler.running:
+            if self.scheduler.loads(s):
+                self.pages.keep(s.pages[s.kept], s.key(s.kept))
+                s.load()
+                return True
+        return False
 
     def step(self) -> list[Work]:
         work = self.scheduler.schedule()
@@ -55,6 +65,8 @@ class Fake:
                 return
         while (s.kept + 1) * UNIT <= s.computed:
             self.pages.keep(s.pages[s.kept], s.key(s.kept))
+            if self.stores:
+                self.disk.add(s.key(s.kept))
             s.kept += 1
         if s.decoding:
             room = min(self.lookahead, s.limit - len(s.tokens) - 1)
@@ -63,7 +75,7 @@ class Fake:
     def run(self, most: int = 5000) -> int:
         steps = 0
         while self.scheduler.running or self.scheduler.waiting:
-            assert self.step(), "nothing to do, yet not done"
+            assert self.load() or self.step() or self.load(), "nothing to do, yet not done"
             steps += 1
             assert steps < most, "no end in sight"
         assert self.pages.used == 0
@@ -140,6 +152,19 @@ def test_a_shared_prefix_is_computed_once():
     assert [w.start for w in fake.step() if w.stream is whole] == [128]
 
 
+def test_what_is_on_the_disk_is_not_computed_and_nobody_waits_for_it():
+    fake = Fake(8, budget=64, stores=True)
+    fake.add(200, 5)
+    fake.run()
+    fake.pages.forget()
+    again, other = fake.add(200, 5), fake.add(10, 50, text=1)
+    assert [(w.stream, len(w.tokens)) for w in fake.step()] == [(other, 10)] and again.pages
+    for _ in range(3):
+        assert fake.load() and fake.step()[0].stream is other
+    assert again.cached == 192 and again.decoding
+    fake.run()
+
+
 def test_answers_to_one_prompt_compute_it_once():
     fake, computed = Fake(32, budget=128), 0
     same = [fake.add(200, 20) for _ in range(5)]
@@ -154,14 +179,15 @@ def test_answers_to_one_prompt_compute_it_once():
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 2**32), st.integers(3, 8), st.sampled_from([1, 2, 7, 64, 200]), st.integers(0, 3))
-def test_any_mix_comes_to_its_end(seed: int, n_pages: int, budget: int, lookahead: int):
-    fake, rng = Fake(n_pages, budget, lookahead, seed), random.Random(seed)
+@given(st.integers(0, 2**32), st.integers(3, 8), st.sampled_from([1, 2, 7, 64, 200]), st.integers(0, 3), st.booleans())
+def test_any_mix_comes_to_its_end(seed: int, n_pages: int, budget: int, lookahead: int, stores: bool):
+    fake, rng = Fake(n_pages, budget, lookahead, seed, stores), random.Random(seed)
     for _ in range(12):
         n = rng.randint(1, n_pages * UNIT - 1)
         most = min(60, n_pages * UNIT - n)
         fake.add(n, rng.randint(1, most), rng.randint(0, 2), rng.randint(0, 2))
         for _ in range(rng.randint(0, 6)):
+            fake.load()
             fake.step()
         if rng.random() < 0.2 and fake.scheduler.running:
             fake.scheduler.remove(rng.choice(fake.scheduler.running))
