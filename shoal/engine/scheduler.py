@@ -126,9 +126,9 @@ class Scheduler:
     def _shared_soon(self, stream: Stream) -> bool:
         """Whether a running prompt before this one is about to compute the next unit that it needs."""
         unit = self.pages.known(stream.keys())
-        if stream.request.embed or (unit + 1) * UNIT >= len(stream.tokens):
+        if unit >= stream.findable:
             return False
-        ahead = (s for s in self.running if s.order < stream.order and not s.decoding)
+        ahead = (s for s in self.running if s.order < stream.order and not s.decoding and not s.request.embed)
         return any(s.key(unit) == stream.key(unit) for s in ahead if (unit + 1) * UNIT <= len(s.tokens))
 
     def _admit(self, stream: Stream) -> bool:

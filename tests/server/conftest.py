@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, inspect
 
 from tests.server.running import Running
 
@@ -55,8 +55,10 @@ def database(request, tmp_path) -> Iterator[str]:
         yield f"sqlite:///{tmp_path}/ledger.db"
         return
     url = request.getfixturevalue("postgres")
-    yield url
     engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    before = set(inspect(engine).get_table_names())
+    yield url
     with engine.begin() as db:
-        db.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        for table in set(inspect(engine).get_table_names()) - before:
+            db.exec_driver_sql(f"DROP TABLE {table}")
     engine.dispose()
