@@ -6,7 +6,8 @@
 Each client does one thing after another, drawn by its own seed: a whole answer, a stream read to its end, a stream
 left at a random byte, a stream that is not read for a while, half a request, a body that is none, an embedding, an
 answer in JSON. Memory is the process's, in quiet moments: clients rest while it is measured, so that work under way
-doesn't count. There is no peer; the reference is the server itself after WARM of the time.
+doesn't count. Weights are fp32: for bf16, oneDNN compiles and keeps a kernel for each length of a prompt, some hundred
+megabytes that would hide what we lose. There is no peer; the reference is the server itself after WARM of the time.
 """
 
 import argparse
@@ -39,7 +40,7 @@ HOST, NAME = "127.0.0.1", "soak"
 WORDS = "def add(a, b):\n    return a + b  # größer 漢字 🙂\n"
 STALL_SECONDS = 40.0  # at most; a server gives up on a reader after 30
 ROUNDS = 20  # quiet moments
-WARM = 0.2  # of the time: products of every shape are compiled once and kept, allocators take what they need
+WARM = 0.2  # of the time
 LIMIT = 1.05  # memory at the end, of what it was
 
 
@@ -124,10 +125,10 @@ def soak(seconds: float, clients: int = CLIENTS, rounds: int = ROUNDS) -> Seen:
 def serving(folder: Path) -> Iterator[tuple[int, psutil.Process]]:
     make_model(folder / "model")
     port = free_port()
-    command = f"-m shoal.cli.main serve {folder}/model --name {NAME} --port {port} --threads 1 --memory 1MiB"
+    flags = f"--name {NAME} --port {port} --threads 1 --memory 1MiB --dtype float32 --db sqlite:///{folder}/ledger.db"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = open(folder / "log", "wb")
-    argv = [sys.executable, *command.split(), "--db", f"sqlite:///{folder}/ledger.db"]
+    argv = [sys.executable, "-m", "shoal.cli.main", "serve", str(folder / "model"), *flags.split()]
     process = subprocess.Popen(argv, stdout=log, stderr=log, env=env)
     try:
         while not (ready := status(port, "/ready")) or ready != 200:

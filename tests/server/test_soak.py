@@ -13,4 +13,4 @@ def test_a_server_is_what_it_was_when_its_clients_are_gone():
     assert seen.statuses[200] > 20 and seen.statuses[400] > 2 and len(seen.did) == 8
     assert seen.pages == [0] * 4
     assert seen.descriptors[-1] <= seen.descriptors[0] + 2
-    assert seen.memory[-1] - seen.memory[-2] < 256 * 2**20
+    assert seen.memory[-1] - seen.memory[-2] < 64 * 2**20
