@@ -44,7 +44,7 @@ class _Instruction(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("kind", "wait")),
         *((name, c_void_p) for name in ("x", "w", "w2", "bias", "y", "kept", "kept2")),
-        *((name, c_int64) for name in "xs ys N K H G R V E A groups best_groups flags".split()),
+        *((name, c_int64) for name in "xs ys N K H G R V E A stacked groups best_groups flags".split()),
         *((name, c_float) for name in ("eps", "scale")),
     ]
 
@@ -136,7 +136,7 @@ class Program:
     def gated(self, x: Tensor, gate_NK: Tensor, up_NK: Tensor, to: str, beside: bool = False) -> Tensor:
         """silu(x gateᵀ) · x upᵀ"""
         N, K = gate_NK.shape
-        return self._add(Kind.GATED, beside, x=x, w=gate_NK, w2=up_NK, y=self.rows(to, N), N=N, K=K)
+        return self._add(Kind.GATED, beside, x=x, w=gate_NK, w2=up_NK, y=self.rows(to, N), N=N, K=K, stacked=2)
 
     def keep_latent(self, x: Tensor, norm_C: Tensor, eps: float, latent_PUW: Tensor, beside: bool = False) -> None:
         """Into the cache: the first C of x normed, the R others turned (in neighbouring pairs)."""
@@ -185,11 +185,11 @@ class Program:
         """Of each row's experts, silu(x gateᵀ) · x upᵀ: [most, A · N]."""
         _, N2, K = gate_up_E2NK.shape
         y = self.rows(to, n_chosen * N2 // 2)
-        return self._add(Kind.EXPERTS_GATED, x=x, w=gate_up_E2NK, y=y, N=N2 // 2, K=K, A=n_chosen, ys=N2 // 2)
+        return self._add(Kind.EXPERTS_GATED, x=x, w=gate_up_E2NK, y=y, N=N2 // 2, K=K, A=n_chosen, stacked=2, ys=N2 // 2)
 
     def experts_down(self, x: Tensor, down_ENK: Tensor, n_chosen: int, to: str) -> Tensor:
         _, N, K = down_ENK.shape
-        return self._add(Kind.EXPERTS_DOWN, x=x, w=down_ENK, y=self.rows(to, n_chosen * N), N=N, K=K, xs=K, ys=N)
+        return self._add(Kind.EXPERTS_DOWN, x=x, w=down_ENK, y=self.rows(to, n_chosen * N), N=N, K=K, A=n_chosen, xs=K, ys=N)
 
     def weigh(self, x: Tensor, shared: Tensor | None, n_chosen: int, onto: Tensor) -> Tensor:
         """y += Σ weight · x over each row's experts, + shared."""
@@ -197,7 +197,7 @@ class Program:
         return self._add(Kind.WEIGH, x=x, w2=shared, y=onto, N=N, A=n_chosen, xs=N)
 
     def _add(self, kind: Kind, beside: bool = False, **arguments: Any) -> Tensor:
-        c = _Instruction(kind=kind, wait=int(not beside))
+        c = _Instruction(kind=kind, wait=int(not beside), stacked=1)
         for stride, name in (("xs", "x"), ("ys", "y")):
             if isinstance(arguments.get(name), Tensor):
                 arguments.setdefault(stride, arguments[name].stride(0))

@@ -17,16 +17,19 @@
 #include <stdatomic.h>
 
 #define UNIT 64 /* tokens in a page: engine/pages.py */
-#define BLOCK 16 /* outputs in a task */
+#define BLOCK 16     /* outputs in a task */
+#define PANEL 64     /* outputs in a task with many rows */
+#define MOST_ROWS 6  /* that meet a panel at a time */
+#define MANY 24      /* rows for which packing a panel pays */
+#define ROWS 256     /* rows in a task */
 #define TOGETHER 4 /* heads that share the reading of a key */
-#define AHEAD 0 /* bytes of weights asked for before they are needed */
 
 typedef struct { /* the same in ops/program.py */
     i64 kind, wait;
     const void *x, *w, *w2, *bias;
     void *y, *kept, *kept2;
     i64 xs, ys; /* from row to row of x and y */
-    i64 N, K, H, G, R, V, E, A, groups, best_groups, flags;
+    i64 N, K, H, G, R, V, E, A, stacked, groups, best_groups, flags; /* stacked: weights that make an output */
     float eps, scale;
 } Instruction;
 
@@ -46,7 +49,7 @@ typedef struct {
     const Instruction *code;
     Step *step;
     i64 longest; /* tokens that any row sees */
-    char *room;  /* this thread's own, for attention */
+    char *room;  /* this thread's own, for panels and attention */
 } Worker;
 
 INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -69,48 +72,152 @@ INLINE __m512 sums(const __m512 *v) {
 INLINE __m512bh pairs(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
 INLINE __m512bh half_pairs(const bf16 *p) { return (__m512bh)_mm512_maskz_loadu_epi32(0xff, p); }
 
-/* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart: one row of w after the other, as memory likes
- * to be read. */
-INLINE void dots(const int MR, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[BLOCK]) {
+/* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart. A single row reads one row of w after the
+ * other, as memory likes it; several share what they load. Either way a sum runs in the same order. */
+INLINE void dots(const int MR, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[PANEL]) {
     const int NR = BLOCK / MR;
+    const i64 whole = K / 32 * 32;
     __m512 acc[BLOCK];
     for (int i = 0; i < BLOCK; i++) acc[i] = _mm512_setzero_ps();
+    if (MR == 1)
 #pragma GCC unroll 16
-    for (int n = 0; n < NR; n++) {
-        const bf16 *row = w + n * K;
-        i64 k = 0;
-        for (; k + 32 <= K; k += 32) {
-            __m512bh wn = pairs(row + k);
-            _mm_prefetch((const char *)(row + k) + AHEAD, _MM_HINT_T0);
-            for (int m = 0; m < MR; m++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], pairs(x[m] + k), wn);
+        for (int n = 0; n < NR; n++)
+            for (i64 k = 0; k < whole; k += 32) acc[n] = _mm512_dpbf16_ps(acc[n], pairs(x[0] + k), pairs(w + n * K + k));
+    else
+        for (i64 k = 0; k < whole; k += 32) {
+            __m512bh xs[4];
+            for (int m = 0; m < MR; m++) xs[m] = pairs(x[m] + k);
+            for (int n = 0; n < NR; n++) {
+                __m512bh wn = pairs(w + n * K + k);
+                for (int m = 0; m < MR; m++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], xs[m], wn);
+            }
         }
-        if (k < K)
+    if (whole < K)
+        for (int n = 0; n < NR; n++)
             for (int m = 0; m < MR; m++)
-                acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], half_pairs(x[m] + k), half_pairs(row + k));
-    }
+                acc[m * NR + n] =
+                    _mm512_dpbf16_ps(acc[m * NR + n], half_pairs(x[m] + whole), half_pairs(w + n * K + whole));
     float flat[BLOCK];
     _mm512_storeu_ps(flat, sums(acc));
     for (int m = 0; m < MR; m++) memcpy(tile[m], flat + m * NR, NR * sizeof(float));
 }
 
-/* tile[m] = 16 rows of w times up to 4 rows of x. The order of a sum doesn't depend on how many rows there are. */
-static void products(i64 M, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[BLOCK]) {
+/* tile[m] = up to 4 rows of x times 16 rows of w. The order of a sum doesn't depend on how many rows there are. */
+static void products(i64 M, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[PANEL]) {
     if (M == 1)
         dots(1, x, w, K, tile);
     else if (M == 2)
-        for (int n = 0; n < BLOCK; n += 8) dots(2, x, w + n * K, K, (float(*)[BLOCK])(tile[0] + n));
+        for (int n = 0; n < BLOCK; n += 8) dots(2, x, w + n * K, K, (float(*)[PANEL])(tile[0] + n));
     else
-        for (int n = 0; n < BLOCK; n += 4) dots(4, x, w + n * K, K, (float(*)[BLOCK])(tile[0] + n));
+        for (int n = 0; n < BLOCK; n += 4) dots(4, x, w + n * K, K, (float(*)[PANEL])(tile[0] + n));
 }
 
-/* Up to 4 rows of x from `row` on: by index where there is one. The last is repeated so that there are 4. */
-INLINE i64 rows_of(const bf16 *x, i64 stride, const i64 *index, i64 divide, i64 row, i64 end, const bf16 **xs) {
-    i64 M = end - row < 4 ? end - row : 4;
-    for (i64 m = 0; m < 4; m++) {
-        i64 at = row + (m < M ? m : M - 1);
-        xs[m] = x + (index ? index[at] / divide : at) * stride;
+/* 16 rows of w, K apart, as 16 columns of a panel: [K/2][PANEL][2]. */
+static void pack(const bf16 *w, i64 K, bf16 *panel) {
+    for (i64 k = 0; k < K; k += 32) {
+        __m512i r[16], a[16];
+        for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(K - k < 32 ? 0xff : 0xffff, w + i * K + k);
+        for (int i = 0; i < 16; i += 2) {
+            a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+            a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) {
+            r[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+            r[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+            r[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+            r[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+        }
+        for (int i = 0; i < 4; i++) {
+            __m512i even = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), odd = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+            __m512i more_even = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+            __m512i more_odd = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+            a[i] = _mm512_shuffle_i32x4(even, more_even, 0x88);
+            a[4 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
+            a[8 + i] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
+            a[12 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
+        }
+        for (i64 i = 0; i < 16 && k + 2 * i < K; i++) _mm512_storeu_si512(panel + (k / 2 + i) * 2 * PANEL, a[i]);
+    }
+}
+
+/* tile[m] = 6 rows of x times NV · 16 columns of a panel. */
+INLINE void panel_product(const int NV, const bf16 *const *x, const bf16 *panel, i64 K, float (*tile)[PANEL]) {
+    __m512 acc[MOST_ROWS][4];
+    for (int m = 0; m < MOST_ROWS; m++)
+        for (int n = 0; n < NV; n++) acc[m][n] = _mm512_setzero_ps();
+    for (i64 k = 0; k < K; k += 2, panel += 2 * PANEL) {
+        __m512bh w[4];
+        for (int n = 0; n < NV; n++) w[n] = pairs(panel + 32 * n);
+        for (int m = 0; m < MOST_ROWS; m++) {
+            int pair;
+            memcpy(&pair, x[m] + k, 4);
+            for (int n = 0; n < NV; n++) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], (__m512bh)_mm512_set1_epi32(pair), w[n]);
+        }
+    }
+    for (int m = 0; m < MOST_ROWS; m++)
+        for (int n = 0; n < NV; n++) _mm512_storeu_ps(tile[m] + 16 * n, acc[m][n]);
+}
+
+typedef struct { /* of x, from start to end: by index / divide where there is an index */
+    const i64 *index;
+    i64 divide, start, end;
+} Rows;
+
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+/* Pointers to up to `most` rows from `row` on; the last is repeated so that there are as many. */
+INLINE i64 take(const Instruction *c, Rows r, i64 row, i64 most, const bf16 **xs) {
+    i64 M = least(r.end - row, most);
+    for (i64 m = 0; m < most; m++) {
+        i64 at = row + least(m, M - 1);
+        xs[m] = (const bf16 *)c->x + (r.index ? r.index[at] / r.divide : at) * c->xs;
     }
     return M;
+}
+
+typedef void Finish(const Instruction *c, i64 row, i64 n, const float *products, const float *others);
+
+/* Rows of x times `columns` outputs from n on, of w and of w2 where it isn't NULL. Each 16 of a row's products go to
+ * `finish`. Many rows at a time go by a panel of packed weights, without the sums across lanes. */
+INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const bf16 *w, const bf16 *w2, i64 n, i64 columns,
+                     Finish finish) {
+    const Instruction *c = t->code;
+    float tile[MOST_ROWS][PANEL];
+    const bf16 *xs[MOST_ROWS];
+    i64 K = c->K, total = w2 ? 2 * columns : columns, exact = r.end - panel_from < MANY ? r.end : panel_from;
+    Rows before = {r.index, r.divide, r.start, exact};
+    for (i64 j = 0; j < columns; j += BLOCK)
+        for (i64 row = r.start; row < exact; row += 4) {
+            i64 M = take(c, before, row, 4, xs);
+            products(M, xs, w + (n + j) * K, K, tile);
+            if (w2) products(M, xs, w2 + (n + j) * K, K, (float(*)[PANEL])(tile[0] + BLOCK));
+            for (i64 m = 0; m < M; m++)
+                finish(c, r.index ? r.index[row + m] : row + m, n + j, tile[m], tile[m] + BLOCK);
+        }
+    if (exact == r.end) return;
+    bf16 *panel = (bf16 *)t->room;
+    for (i64 j = 0; j < columns; j += BLOCK) {
+        pack(w + (n + j) * K, K, panel + 2 * j);
+        if (w2) pack(w2 + (n + j) * K, K, panel + 2 * (columns + j));
+    }
+    i64 bytes = columns * K * sizeof(bf16), slice = bytes / ceil_div(r.end - exact, MOST_ROWS) + 64;
+    const char *ahead = (const char *)(w + n * K) + 2 * bytes, *ahead2 = (const char *)(w2 + n * K) + 2 * bytes;
+    for (i64 row = exact; row < r.end; row += MOST_ROWS) {
+        i64 M = take(c, r, row, MOST_ROWS, xs);
+        for (i64 b = 0; b < slice; b += 64, ahead += 64, ahead2 += 64) {
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            if (w2) _mm_prefetch(ahead2, _MM_HINT_T1);
+        }
+        switch (total / BLOCK) {
+        case 1: panel_product(1, xs, panel, K, tile); break;
+        case 2: panel_product(2, xs, panel, K, tile); break;
+        case 3: panel_product(3, xs, panel, K, tile); break;
+        default: panel_product(4, xs, panel, K, tile);
+        }
+        for (i64 m = 0; m < M; m++)
+            for (i64 j = 0; j < columns; j += BLOCK)
+                finish(c, r.index ? r.index[row + m] : row + m, n + j, tile[m] + j, tile[m] + columns + j);
+    }
 }
 
 INLINE __m512 rounded(__m512 x) {
@@ -139,73 +246,55 @@ static void norm(const Worker *t, i64 row) {
     normed((const bf16 *)c->x + row * c->xs, c->w, c->K, c->eps, (bf16 *)c->y + row * c->ys);
 }
 
+/* Outputs in a task: more where many rows share the packing of their weights. */
+INLINE i64 width(const Instruction *c, const Step *s) { return s->chunks ? PANEL / c->stacked : BLOCK; }
+
+/* A task of a product over all rows: a block of outputs, and of rows where there are many. */
+INLINE void all_rows(const Worker *t, i64 task, const bf16 *w, const bf16 *w2, Finish finish) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    i64 columns = width(c, s), blocks = ceil_div(c->N, columns), n = task % blocks * columns, start = task / blocks * ROWS;
+    Rows r = {NULL, 1, start, least(start + ROWS, s->T)};
+    i64 panel_from = s->chunks && s->singles < r.end ? (s->singles > start ? s->singles : start) : r.end;
+    multiply(t, r, panel_from, w, w2, n, least(columns, c->N - n), finish);
+}
+
+/* A task of a product over each expert's rows: a block of outputs of one of the experts that have any. */
+INLINE void by_expert(const Worker *t, i64 task, i64 divide, Finish finish) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    i64 columns = width(c, s), blocks = ceil_div(c->N, columns), e = s->busy_E[task / blocks], n = task % blocks * columns;
+    const bf16 *w = (const bf16 *)c->w + e * c->stacked * c->N * c->K;
+    Rows r = {s->row_M, divide, s->start_E[e], s->start_E[e + 1]};
+    i64 panel_from = s->chunks ? r.start : r.end;
+    while (panel_from < r.end && s->row_M[panel_from] < s->singles * c->A) panel_from++;
+    multiply(t, r, panel_from, w, c->stacked == 2 ? w + c->N * c->K : NULL, n, least(columns, c->N - n), finish);
+}
+
 /* y = x wᵀ + bias, added to what stands in y if ADD; fp32 if WIDE. */
-static void linear(const Worker *t, i64 block) {
-    const Instruction *c = t->code;
-    i64 n = block * BLOCK;
-    const bf16 *w = (const bf16 *)c->w + n * c->K, *xs[4], *bias = c->bias;
-    float tile[4][BLOCK];
-    for (i64 row = 0; row < t->step->T; row += 4) {
-        i64 M = rows_of(c->x, c->xs, NULL, 1, row, t->step->T, xs);
-        products(M, xs, w, c->K, tile);
-        for (i64 m = 0; m < M; m++) {
-            i64 at = (row + m) * c->ys + n;
-            __m512 y = _mm512_loadu_ps(tile[m]);
-            if (bias) y = _mm512_add_ps(y, load(bias + n));
-            if (c->flags & ADD) y = _mm512_add_ps(rounded(y), load((bf16 *)c->y + at));
-            if (c->flags & WIDE)
-                _mm512_storeu_ps((float *)c->y + at, rounded(y));
-            else
-                store((bf16 *)c->y + at, y);
-        }
-    }
+static void finish_linear(const Instruction *c, i64 row, i64 n, const float *products, const float *others) {
+    i64 at = row * c->ys + n;
+    __m512 y = _mm512_loadu_ps(products);
+    (void)others;
+    if (c->bias) y = _mm512_add_ps(y, load((const bf16 *)c->bias + n));
+    if (c->flags & ADD) y = _mm512_add_ps(rounded(y), load((bf16 *)c->y + at));
+    if (c->flags & WIDE)
+        _mm512_storeu_ps((float *)c->y + at, rounded(y));
+    else
+        store((bf16 *)c->y + at, y);
 }
+static void linear(const Worker *t, i64 task) { all_rows(t, task, t->code->w, NULL, finish_linear); }
 
-/* y = silu(x gateᵀ) · x upᵀ of 16 outputs, for rows of x by index; results go where the index points. */
-INLINE void gated_rows(const Instruction *c, const bf16 *gate, const bf16 *up, const i64 *index, i64 divide, i64 start,
-                       i64 end, i64 n) {
-    const bf16 *xs[4];
-    float g[4][BLOCK], u[4][BLOCK];
-    for (i64 row = start; row < end; row += 4) {
-        i64 M = rows_of(c->x, c->xs, index, divide, row, end, xs);
-        products(M, xs, gate + n * c->K, c->K, g);
-        products(M, xs, up + n * c->K, c->K, u);
-        for (i64 m = 0; m < M; m++) {
-            i64 to = index ? index[row + m] : row + m;
-            __m512 y = _mm512_mul_ps(silu(rounded(_mm512_loadu_ps(g[m]))), rounded(_mm512_loadu_ps(u[m])));
-            store((bf16 *)c->y + to * c->ys + n, y);
-        }
-    }
+/* y = silu(x gateᵀ) · x upᵀ */
+static void finish_gated(const Instruction *c, i64 row, i64 n, const float *gate, const float *up) {
+    __m512 y = _mm512_mul_ps(silu(rounded(_mm512_loadu_ps(gate))), rounded(_mm512_loadu_ps(up)));
+    store((bf16 *)c->y + row * c->ys + n, y);
 }
+static void gated(const Worker *t, i64 task) { all_rows(t, task, t->code->w, t->code->w2, finish_gated); }
 
-static void gated(const Worker *t, i64 block) {
-    const Instruction *c = t->code;
-    gated_rows(c, c->w, c->w2, NULL, 1, 0, t->step->T, block * BLOCK);
-}
-
-/* Each chosen expert's rows: h_M = silu(x gateᵀ) · x upᵀ, gate and up stacked in w [E, 2N, K]. */
-static void experts_gated(const Worker *t, i64 task) {
-    const Instruction *c = t->code;
-    const Step *s = t->step;
-    i64 blocks = c->N / BLOCK, e = s->busy_E[task / blocks];
-    const bf16 *gate = (const bf16 *)c->w + e * 2 * c->N * c->K;
-    gated_rows(c, gate, gate + c->N * c->K, s->row_M, c->A, s->start_E[e], s->start_E[e + 1], task % blocks * BLOCK);
-}
-
-/* y_M = h wᵀ with w [E, N, K]. */
-static void experts_down(const Worker *t, i64 task) {
-    const Instruction *c = t->code;
-    const Step *s = t->step;
-    i64 blocks = c->N / BLOCK, e = s->busy_E[task / blocks], n = task % blocks * BLOCK;
-    const bf16 *w = (const bf16 *)c->w + (e * c->N + n) * c->K, *xs[4];
-    float tile[4][BLOCK];
-    for (i64 row = s->start_E[e]; row < s->start_E[e + 1]; row += 4) {
-        i64 M = rows_of(c->x, c->xs, s->row_M, 1, row, s->start_E[e + 1], xs);
-        products(M, xs, w, c->K, tile);
-        for (i64 m = 0; m < M; m++)
-            store((bf16 *)c->y + s->row_M[row + m] * c->ys + n, _mm512_loadu_ps(tile[m]));
-    }
-}
+/* Each chosen expert's rows, M = T · A of them: gate and up stacked in w [E, 2N, K]; down [E, N, K]. */
+static void experts_gated(const Worker *t, i64 task) { by_expert(t, task, t->code->A, finish_gated); }
+static void experts_down(const Worker *t, i64 task) { by_expert(t, task, 1, finish_linear); }
 
 /* y += Σ_A weight · x_M + shared (w2, where there is one), rounded where the model rounds. */
 static void weigh(const Worker *t, i64 row) {
@@ -432,7 +521,7 @@ static void absorbed(const Worker *t, i64 row, i64 first) {
     for (i64 i = 0; i < h; i++) {
         const bf16 *w = (const bf16 *)c->w + ((first + i) * (c->N + c->V) + c->N) * C, *x = latent;
         bf16 *y = (bf16 *)c->y + row * c->ys + (first + i) * c->V;
-        float tile[1][BLOCK];
+        float tile[1][PANEL];
         round_off(out + i * C, C, latent);
         for (i64 v = 0; v < c->V; v += BLOCK) {
             products(1, &x, w + v * C, C, tile);
@@ -449,7 +538,7 @@ static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
     i64 C = c->K, K = c->N + c->R, V = c->V;
     bf16 *q = (bf16 *)t->room, *k = q + L * K, *v = k + S * K;
     const bf16 *w = (const bf16 *)c->w + head * (c->N + V) * C, *xs[4];
-    float tile[4][BLOCK];
+    float tile[4][PANEL];
     for (i64 at = 0; at < S; at += 4) {
         i64 M = S - at < 4 ? S - at : 4;
         for (i64 m = 0; m < 4; m++) xs[m] = token(pages, c->kept, C + c->R, m < M ? at + m : S - 1);
@@ -529,8 +618,8 @@ static void (*const KINDS[])(const Worker *, i64) = {
 
 static i64 tasks(const Instruction *c, const Step *s) {
     void (*kind)(const Worker *, i64) = KINDS[c->kind];
-    if (kind == linear || kind == gated) return c->N / BLOCK;
-    if (kind == experts_gated || kind == experts_down) return s->n_busy * (c->N / BLOCK);
+    if (kind == linear || kind == gated) return ceil_div(c->N, width(c, s)) * ceil_div(s->T, ROWS);
+    if (kind == experts_gated || kind == experts_down) return s->n_busy * ceil_div(c->N, width(c, s));
     if (kind == attend_latent) return s->singles * ceil_div(c->H, TOGETHER) + s->chunks * c->H;
     if (kind == attend_heads) return s->singles * c->G * ceil_div(c->H / c->G, TOGETHER) + s->chunks * c->H;
     if (kind == logits) return ceil_div(c->E, 4);
@@ -552,10 +641,12 @@ static void meet(_Atomic i64 *arrived, i64 threads) {
             sched_yield();
 }
 
-/* Bytes that attention needs on a thread, for tokens as far as `longest`. */
+/* Bytes that panels and attention need on a thread, for tokens as far as `longest`. */
 static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) {
     i64 bytes = TOGETHER * longest * sizeof(float);
     for (const Instruction *c = code; s->chunks && c < code + n; c++) {
+        i64 panel = c->K * PANEL * sizeof(bf16);
+        bytes = panel > bytes ? panel : bytes;
         int latent = KINDS[c->kind] == attend_latent;
         i64 K = latent ? c->N + c->R : c->K, V = latent ? c->V : c->K;
         if (!latent && KINDS[c->kind] != attend_heads) continue;
