@@ -21,6 +21,7 @@ from shoal.engine.pages import UNIT
 from shoal.engine.runner import Runner, ends, spans_of
 from shoal.engine.scheduler import Work
 from shoal.model.block import Block
+from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.gqa import GroupedAttention
 from shoal.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from shoal.model.mla import LATENT_EPS, LatentAttention
@@ -50,7 +51,7 @@ class Native(Runner):
     def __init__(self, model: Transformer, cache: Cache, invariant: bool = False):
         super().__init__(model, cache)
         assert takes(model)
-        self.invariant = invariant
+        self.invariant, self.few = invariant, rows_that_attend_alone(model.config)
         n_positions = len(cache.layers[0][0]) * UNIT
         self.angles = angles(torch.arange(min(n_positions, model.config.max_positions)), model.config)
         self._logits = torch.zeros(DRAWN, model.config.vocab_size)
@@ -112,7 +113,7 @@ class Native(Runner):
         at = 0
         for part in cut(spans, MOST):
             n = sum(span.n for span in part)
-            few = len(part) if self.invariant else sum(1 for _ in takewhile(lambda span: span.n <= FEW, part))
+            few = len(part) if self.invariant else sum(1 for _ in takewhile(lambda span: span.n <= self.few, part))
             yield Rows(
                 tokens[at : at + n],
                 [i for span in part for i in range(span.start, span.end)],
@@ -154,6 +155,16 @@ class Native(Runner):
         before_head = len(p)
         p.linear(made, m.head.weight, self._logits)
         return p, given, made, before_head
+
+
+def rows_that_attend_alone(config: ModelConfig) -> int:
+    """Of a stream in a step. More are a chunk: for latent attention, where they repay the rebuilding of all keys and
+    values; alone, a row takes about twice as long for a multiplication."""
+    a = config.attention
+    if not isinstance(a, MLAConfig):
+        return FEW
+    C, R = a.kv_lora_rank, a.qk_rope_head_dim
+    return C * (a.qk_nope_head_dim + a.v_head_dim) // (2 * (C + R + C))
 
 
 def cut(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:

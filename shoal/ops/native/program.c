@@ -72,17 +72,20 @@ INLINE __m512 sums(const __m512 *v) {
 INLINE __m512bh pairs(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
 INLINE __m512bh half_pairs(const bf16 *p) { return (__m512bh)_mm512_maskz_loadu_epi32(0xff, p); }
 
-/* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart. A single row reads one row of w after the
- * other, as memory likes it; several share what they load. Either way a sum runs in the same order. */
-INLINE void dots(const int MR, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[PANEL]) {
+/* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart. Fresh weights are read one row after the other,
+ * as memory likes it; where they are in cache, rows share what they load. Either way a sum runs in the same order. */
+INLINE void dots(const int MR, const int fresh, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[PANEL]) {
     const int NR = BLOCK / MR;
     const i64 whole = K / 32 * 32;
     __m512 acc[BLOCK];
     for (int i = 0; i < BLOCK; i++) acc[i] = _mm512_setzero_ps();
-    if (MR == 1)
+    if (fresh)
 #pragma GCC unroll 16
         for (int n = 0; n < NR; n++)
-            for (i64 k = 0; k < whole; k += 32) acc[n] = _mm512_dpbf16_ps(acc[n], pairs(x[0] + k), pairs(w + n * K + k));
+            for (i64 k = 0; k < whole; k += 32) {
+                __m512bh wn = pairs(w + n * K + k);
+                for (int m = 0; m < MR; m++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], pairs(x[m] + k), wn);
+            }
     else
         for (i64 k = 0; k < whole; k += 32) {
             __m512bh xs[4];
@@ -103,13 +106,16 @@ INLINE void dots(const int MR, const bf16 *const *x, const bf16 *w, i64 K, float
 }
 
 /* tile[m] = up to 4 rows of x times 16 rows of w. The order of a sum doesn't depend on how many rows there are. */
-static void products(i64 M, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[PANEL]) {
-    if (M == 1)
-        dots(1, x, w, K, tile);
-    else if (M == 2)
-        for (int n = 0; n < BLOCK; n += 8) dots(2, x, w + n * K, K, (float(*)[PANEL])(tile[0] + n));
-    else
-        for (int n = 0; n < BLOCK; n += 4) dots(4, x, w + n * K, K, (float(*)[PANEL])(tile[0] + n));
+static void products(i64 M, int fresh, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[PANEL]) {
+    if (M == 1) return dots(1, 1, x, w, K, tile);
+    const i64 rows = M == 2 ? 8 : 4;
+    for (i64 n = 0; n < BLOCK; n += rows, w += rows * K) {
+        float(*to)[PANEL] = (float(*)[PANEL])(tile[0] + n);
+        if (M == 2)
+            fresh ? dots(2, 1, x, w, K, to) : dots(2, 0, x, w, K, to);
+        else
+            fresh ? dots(4, 1, x, w, K, to) : dots(4, 0, x, w, K, to);
+    }
 }
 
 /* 16 rows of w, K apart, as 16 columns of a panel: [K/2][PANEL][2]. */
@@ -189,8 +195,8 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const bf16 *w, con
     for (i64 j = 0; j < columns; j += BLOCK)
         for (i64 row = r.start; row < exact; row += 4) {
             i64 M = take(c, before, row, 4, xs);
-            products(M, xs, w + (n + j) * K, K, tile);
-            if (w2) products(M, xs, w2 + (n + j) * K, K, (float(*)[PANEL])(tile[0] + BLOCK));
+            products(M, row == r.start, xs, w + (n + j) * K, K, tile);
+            if (w2) products(M, row == r.start, xs, w2 + (n + j) * K, K, (float(*)[PANEL])(tile[0] + BLOCK));
             for (i64 m = 0; m < M; m++)
                 finish(c, r.index ? r.index[row + m] : row + m, n + j, tile[m], tile[m] + BLOCK);
         }
@@ -430,6 +436,28 @@ static void keep_heads(const Worker *t, i64 row) {
     memcpy((bf16 *)c->kept2 + slot * width, (const bf16 *)c->w2 + row * c->xs, width * sizeof(bf16));
 }
 
+/* For `heads` heads and 16 · NV value dims: to = Σ p value · share, p being `apart` from head to head. */
+INLINE void mix_values(const int heads, const int NV, const i64 *pages, i64 seen, const bf16 *values, i64 width,
+                       const float *p, i64 apart, const float *share, float *to, i64 V) {
+    __m512 acc[4][4];
+    for (int i = 0; i < heads; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = _mm512_setzero_ps();
+    for (i64 page = 0; page * UNIT < seen; page++) {
+        const bf16 *value = values + pages[page] * UNIT * width;
+        for (i64 at = page * UNIT; at < least(page * UNIT + UNIT, seen); at++, value += width) {
+            __m512 v[4];
+            for (int j = 0; j < NV; j++) v[j] = load(value + 16 * j);
+            for (int i = 0; i < heads; i++) {
+                __m512 weight = _mm512_set1_ps(p[i * apart + at]);
+                for (int j = 0; j < NV; j++) acc[i][j] = _mm512_fmadd_ps(weight, v[j], acc[i][j]);
+            }
+        }
+    }
+    for (int i = 0; i < heads; i++)
+        for (int j = 0; j < NV; j++)
+            _mm512_storeu_ps(to + i * V + 16 * j, _mm512_mul_ps(acc[i][j], _mm512_set1_ps(share[i])));
+}
+
 /* out [h, V] = softmax(scale · q keysᵀ) values over the first `seen` tokens of a row's pages, for h ≤ TOGETHER heads.
  * Keys and values of a token lie `width` apart from the next one's; inner sizes W and V. Every head by itself. */
 static void attend_row(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const bf16 *keys, const bf16 *values, i64 V,
@@ -470,21 +498,19 @@ static void attend_row(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, co
         }
         share[i] = 1 / _mm512_reduce_add_ps(total);
     }
-    for (i64 v = 0; v < V; v += 32) {
-        int wide = V - v >= 32;
-        __m512 acc[TOGETHER][2] = {};
-        for (i64 at = 0; at < seen; at++) {
-            const bf16 *value = values + (pages[at / UNIT] * UNIT + at % UNIT) * width + v;
-            __m512 a = load(value), b = wide ? load(value + 16) : a;
-            for (i64 i = 0; i < h; i++) {
-                __m512 p = _mm512_set1_ps(scores[i * t->longest + at]);
-                acc[i][0] = _mm512_fmadd_ps(p, a, acc[i][0]);
-                acc[i][1] = _mm512_fmadd_ps(p, b, acc[i][1]);
-            }
+    for (i64 v = 0; v < V; v += 16) {
+        const int four = V - v >= 64; /* 64 dims at a time while there are as many */
+        for (i64 i = 0; i < h; i += h - i >= 4 ? 4 : 1) {
+            const float *p = scores + i * t->longest, *mine = share + i;
+            float *to = out + i * V + v;
+            if (four)
+                h - i >= 4 ? mix_values(4, 4, pages, seen, values + v, width, p, t->longest, mine, to, V)
+                           : mix_values(1, 4, pages, seen, values + v, width, p, t->longest, mine, to, V);
+            else
+                h - i >= 4 ? mix_values(4, 1, pages, seen, values + v, width, p, t->longest, mine, to, V)
+                           : mix_values(1, 1, pages, seen, values + v, width, p, t->longest, mine, to, V);
         }
-        for (i64 i = 0; i < h; i++)
-            for (int j = 0; j <= wide; j++)
-                _mm512_storeu_ps(out + i * V + v + 16 * j, _mm512_mul_ps(acc[i][j], _mm512_set1_ps(share[i])));
+        v += four ? 48 : 0;
     }
 }
 
@@ -494,6 +520,16 @@ INLINE void round_off(const float *x, i64 n, bf16 *y) {
 
 INLINE const bf16 *token(const i64 *pages, const void *kept, i64 width, i64 position) {
     return (const bf16 *)kept + (pages[position / UNIT] * UNIT + position % UNIT) * width;
+}
+
+/* 16 · NV numbers of q w: q [N], rows of w C apart. */
+INLINE void fold(const int NV, const bf16 *q, i64 N, const bf16 *w, i64 C, bf16 *to) {
+    __m512 sum[4];
+    for (int j = 0; j < NV; j++) sum[j] = _mm512_setzero_ps();
+    for (i64 n = 0; n < N; n++)
+        for (int j = 0; j < NV; j++)
+            sum[j] = _mm512_fmadd_ps(_mm512_set1_ps(widen(q[n])), load(w + n * C + 16 * j), sum[j]);
+    for (int j = 0; j < NV; j++) store(to + 16 * j, sum[j]);
 }
 
 /* Latent attention of a row, absorbed: q [H, N + R] folded into the latent by W_k, sums unfolded by W_v, both halves of
@@ -506,15 +542,9 @@ static void absorbed(const Worker *t, i64 row, i64 first) {
     for (i64 i = 0; i < h; i++) {
         const bf16 *q = (const bf16 *)c->x + row * c->xs + (first + i) * (c->N + c->R);
         const bf16 *w = (const bf16 *)c->w + (first + i) * (c->N + c->V) * C;
-        for (i64 k = 0; k < C; k += 64) { /* four sums at a time hide the latency of a multiplication */
-            const i64 n_sums = C - k >= 64 ? 4 : (C - k) / 16;
-            __m512 sum[4] = {};
-            for (i64 n = 0; n < c->N; n++) {
-                __m512 qn = _mm512_set1_ps(widen(q[n]));
-                for (i64 j = 0; j < n_sums; j++) sum[j] = _mm512_fmadd_ps(qn, load(w + n * C + k + 16 * j), sum[j]);
-            }
-            for (i64 j = 0; j < n_sums; j++) store(folded + i * W + k + 16 * j, sum[j]);
-        }
+        i64 k = 0;
+        for (; k + 64 <= C; k += 64) fold(4, q, c->N, w + k, C, folded + i * W + k);
+        for (; k < C; k += 16) fold(1, q, c->N, w + k, C, folded + i * W + k);
         rotated(q + c->N, t->step, row, c->R, PAIRS, folded + i * W + C);
     }
     attend_row(t, row, h, folded, W, c->kept, c->kept, C, W, c->scale, out);
@@ -524,7 +554,7 @@ static void absorbed(const Worker *t, i64 row, i64 first) {
         float tile[1][PANEL];
         round_off(out + i * C, C, latent);
         for (i64 v = 0; v < c->V; v += BLOCK) {
-            products(1, &x, w + v * C, C, tile);
+            products(1, 1, &x, w + v * C, C, tile);
             store(y + v, _mm512_loadu_ps(tile[0]));
         }
     }
@@ -543,7 +573,7 @@ static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
         i64 M = S - at < 4 ? S - at : 4;
         for (i64 m = 0; m < 4; m++) xs[m] = token(pages, c->kept, C + c->R, m < M ? at + m : S - 1);
         for (i64 n = 0; n < c->N + V; n += BLOCK) {
-            products(M, xs, w + n * C, C, tile);
+            products(M, 0, xs, w + n * C, C, tile);
             for (i64 m = 0; m < M; m++)
                 store(n < c->N ? k + (at + m) * K + n : v + (at + m) * V + n - c->N, _mm512_loadu_ps(tile[m]));
         }
