@@ -47,6 +47,7 @@ MAX_BATCH_TOKENS = 512  # in a step: prompts are cut into chunks so that decodin
 SHARE_OF_MEMORY = 0.25  # of what is free, for the cache, where nothing is said; at most CONTEXTS whole contexts
 CONTEXTS = 16
 LOAD_BYTES = 2**22  # of pages from the disk in a step, a few milliseconds of it
+TOGETHER_SECONDS = 0.02  # of steps that are taken together: as long a cancellation may wait
 IDLE_SECONDS = 0.2  # without a request, before the books are checked
 FAULTS = 3  # in a row, before the engine rests
 LONGEST_REST = 60  # seconds
@@ -106,6 +107,7 @@ class LocalEngine:
         self._faults = 0  # since the last whole step
         self._closing = self._forgetting = self._down = False
         self._seeds = random.SystemRandom()
+        self._seconds = 1.0  # of the last step
         self._wake = Condition()  # its lock guards all of the above but the tensors
         self._thread = Thread(target=self._live_on, name="engine", daemon=True)
         self._thread.start()
@@ -309,29 +311,49 @@ class LocalEngine:
             self._end(stream, "cancelled")
 
     def _compute(self, work: list[Work]) -> list[Gain]:
-        """One step of the model, and what each stream got from it."""
+        """One step of the model or a stretch of them, and what each stream got from it."""
         start, only_decoding = perf_counter(), all(w.stream.decoding for w in work)
-        hidden_TD, logits_RV = self._runner.run(work)
-        gains = self._draw(work, hidden_TD, logits_RV)
-        for w, rows_TD in zip(work, hidden_TD.split([len(w.tokens) for w in work])):
+        steps, tokens = self._foreseen(work), []
+        if steps > 1:
+            hidden_TD, tokens = self._runner.greedy(work, steps)
+            steps = len(tokens[0])
+        if tokens and steps:
+            gains = [self._advance(w, [Token(t) for t in its], certain=True) for w, its in zip(work, tokens)]
+            fed = [steps] * len(work)
+        else:
+            hidden_TD, logits_RV = self._runner.run(work)
+            gains = self._draw(work, hidden_TD, logits_RV)
+            steps, fed = 1, [len(w.tokens) for w in work]
+        for w, rows_TD in zip(work, hidden_TD.split(fed)):
             if w.stream.request.embed:
                 w.stream.pool(rows_TD)
             elif self._speculator:
                 w.stream.pending.append(rows_TD[: w.stream.computed - w.start])
         whole = [gain.stream for gain in gains if not gain.error and not gain.stream.request.embed]
+        seconds = perf_counter() - start
         if self._speculator:
             self._speculator.follow(whole, self._speculator.worth(len(work)))
             if only_decoding:
-                tokens = sum(len(gain.tokens) for gain in gains)
-                self._speculator.worth.record(len(work), tokens, perf_counter() - start)
+                seconds = perf_counter() - start
+                self._speculator.worth.record(len(work), sum(len(gain.tokens) for gain in gains), seconds, steps)
+        self._seconds = seconds / steps
         with self._wake:
-            self._steps += 1
+            self._steps += steps
             for stream in whole:
                 self._keep_full_pages(stream)
         if self._disk:
             for stream in whole:
                 self._store(self._disk, stream)
         return gains
+
+    def _foreseen(self, work: Sequence[Work]) -> int:
+        """How many steps can be taken together: where all that is wanted of each is its likeliest token."""
+        if self._runner.most_steps == 1 or any(w.draws != 1 or not w.stream.plain for w in work):
+            return 1
+        if self._speculator and self._speculator.worth(len(work)) is not None:
+            return 1
+        room = min(min(s.limit - len(s.tokens), len(s.pages) * UNIT - s.computed) for s in (w.stream for w in work))
+        return max(1, min(self._runner.most_steps, room, int(TOGETHER_SECONDS / self._seconds)))
 
     def _load(self, disk: Disk) -> None:
         """Pages from the disk for whom they spare computing, so few a step that decoding streams hardly wait."""
@@ -371,8 +393,8 @@ class LocalEngine:
             gains.append(self._advance(w, taken) if whole else Gain(w.stream, (), NOT_FINITE))
         return gains
 
-    def _advance(self, w: Work, drawn: Sequence[Token]) -> Gain:
-        """Take what was drawn, as long as the drafts that were fed guessed it right."""
+    def _advance(self, w: Work, drawn: Sequence[Token], certain: bool = False) -> Gain:
+        """Take what was drawn, as long as the tokens that were fed are right: drafts by luck, or `certain` ones."""
         stream, taken, accepted, error = w.stream, [], 0, None
         drafts, stream.drafts = stream.drafts, []
         try:
@@ -381,12 +403,12 @@ class LocalEngine:
                 stream.accept(token.id)
                 right = i < len(drafts) and drafts[i].token == token.id
                 accepted += right
-                if stream.finish or stream.steered or not right:
+                if stream.finish or stream.steered or not (right or certain):
                     break
         except Exception:
             log.exception("a guide failed")
             error = FAILED
-        stream.computed = w.start + (len(taken) if drafts else len(w.tokens))
+        stream.computed = w.start + (len(taken) if drafts or certain else len(w.tokens))
         stream.drafted += len(drafts)
         stream.accepted += accepted
         with self._wake:

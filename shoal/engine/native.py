@@ -48,6 +48,8 @@ def takes(model: Transformer) -> bool:
 
 
 class Native(Runner):
+    most_steps = 8
+
     def __init__(self, model: Transformer, cache: Cache, invariant: bool = False):
         super().__init__(model, cache)
         assert takes(model)
@@ -67,6 +69,11 @@ class Native(Runner):
         (rows,) = self._parts([t for w in work for t in w.tokens], spans_of(work))
         self._body.run(rows)
         return self._hidden[:n].clone(), self._logits[:n].clone()
+
+    def greedy(self, work: Sequence[Work], steps: int) -> tuple[Tensor, list[list[int]]]:
+        (rows,) = self._parts([w.tokens[0] for w in work], spans_of(work))
+        tokens, states = self._body.run_greedy(rows, steps, self._logits, self._hidden)
+        return states.transpose(0, 1).flatten(0, 1), tokens.t().tolist()
 
     def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
         hidden = []

@@ -34,6 +34,17 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
 
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed before a draw."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.logit_bias)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token by the raw logits is all that is wanted."""
+        return self.temperature == 0 and not self.edits and self.logprobs is None
+
 
 class Guide(Protocol):
     """What steers one request, token by token. Called on the engine's thread only."""

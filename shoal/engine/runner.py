@@ -22,6 +22,8 @@ from shoal.model.transformer import Transformer
 
 
 class Runner:
+    most_steps = 1  # that `greedy` can take together
+
     def __init__(self, model: Transformer, cache: Cache):
         self.model, self.cache = model, cache
 
@@ -30,6 +32,13 @@ class Runner:
         hidden_TD = self.body([t for w in work for t in w.tokens], spans_of(work))
         rows = drawn_rows(work)
         return hidden_TD, self.head(hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows])
+
+    def greedy(self, work: Sequence[Work], steps: int) -> tuple[Tensor, list[list[int]]]:
+        """So many steps at once of streams that are decoding and want the likeliest token each time.
+
+        The hidden states of all rows, stream by stream, and each stream's tokens. Fewer, where a step isn't finite.
+        """
+        raise NotImplementedError
 
     def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
         """Hidden states after the final norm [T, D]; the cache's rows are written. The shortest spans come first."""

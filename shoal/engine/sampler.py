@@ -54,8 +54,7 @@ class Row(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the likeliest token of the raw logits is all that is wanted."""
-        s = self.sampling
-        return self.greedy and not _edited(self) and s.logprobs is None and self.forced is None
+        return self.sampling.plain and self.mask is None and self.forced is None
 
     def uniform(self, purpose: int) -> float:
         return uniform(self.seed, self.position, purpose)
@@ -183,9 +182,7 @@ def edited(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _edited(row: Row) -> bool:
-    s = row.sampling
-    penalties = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1
-    return bool(penalties or s.logit_bias or row.mask is not None)
+    return row.sampling.edits or row.mask is not None
 
 
 def _edit(logits_V: Tensor, row: Row) -> None:

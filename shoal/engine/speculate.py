@@ -97,10 +97,10 @@ class Worth:
         """The way of this step."""
         return self._of(streams).way
 
-    def record(self, streams: int, tokens: int, seconds: float) -> None:
-        """What a step of so many decoding streams (and nothing else) gave."""
+    def record(self, streams: int, tokens: int, seconds: float, steps: int = 1) -> None:
+        """What a step (or several) of so many decoding streams and nothing else gave."""
         ways = self._of(streams)
-        ways.steps += 1
+        ways.steps += steps
         if ways.steps > 1:  # the first verifies what another way drafted, or nothing
             ways.tokens += tokens
             ways.seconds += seconds

@@ -76,6 +76,11 @@ class Stream:
         return self.forced is not None or self.mask is not None
 
     @property
+    def plain(self) -> bool:
+        """Whether it is decoding and wants the likeliest token by the raw logits, and no more."""
+        return self.decoding and not self.drafts and not self.steered and self.request.sampling.plain
+
+    @property
     def usage(self) -> Usage:
         """A prompt that was never admitted has cost nothing, nor have tokens that were drawn and never told."""
         read = 0 if self.cached is None else self.n_prompt

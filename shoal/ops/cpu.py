@@ -211,12 +211,12 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def run_program(code: ctypes.Array, n: int, step) -> None:
-    """See program.py, which lays out the instructions and what a step brings."""
+def run(name: str, code: ctypes.Array, n: int, step, *more: Tensor | int) -> int:
+    """`run_program` or `run_greedy` of native/program.c, on torch's threads: see program.py."""
     lib = _library()[0]
     assert lib is not None
-    if lib.run_program(code, ctypes.c_int64(n), step, ctypes.c_int64(torch.get_num_threads())):
-        raise MemoryError("no room for the scores of attention")
+    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in more]
+    return getattr(lib, name)(code, ctypes.c_int64(n), step, ctypes.c_int64(torch.get_num_threads()), *values)
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:

@@ -185,11 +185,15 @@ class Program:
         """Of each row's experts, silu(x gateᵀ) · x upᵀ: [most, A · N]."""
         _, N2, K = gate_up_E2NK.shape
         y = self.rows(to, n_chosen * N2 // 2)
-        return self._add(Kind.EXPERTS_GATED, x=x, w=gate_up_E2NK, y=y, N=N2 // 2, K=K, A=n_chosen, stacked=2, ys=N2 // 2)
+        return self._add(
+            Kind.EXPERTS_GATED, x=x, w=gate_up_E2NK, y=y, N=N2 // 2, K=K, A=n_chosen, stacked=2, ys=N2 // 2
+        )
 
     def experts_down(self, x: Tensor, down_ENK: Tensor, n_chosen: int, to: str) -> Tensor:
         _, N, K = down_ENK.shape
-        return self._add(Kind.EXPERTS_DOWN, x=x, w=down_ENK, y=self.rows(to, n_chosen * N), N=N, K=K, A=n_chosen, xs=K, ys=N)
+        return self._add(
+            Kind.EXPERTS_DOWN, x=x, w=down_ENK, y=self.rows(to, n_chosen * N), N=N, K=K, A=n_chosen, xs=K, ys=N
+        )
 
     def weigh(self, x: Tensor, shared: Tensor | None, n_chosen: int, onto: Tensor) -> Tensor:
         """y += Σ weight · x over each row's experts, + shared."""
@@ -213,20 +217,41 @@ class Program:
 
     def run(self, rows: Rows, n: int | None = None) -> None:
         """One step, or its first `n` instructions. What `rows` lack, none of them may ask for."""
+        held = self._bring(rows)
+        if cpu.run("run_program", self._compiled, len(self._code) if n is None else n, byref(self._step)):
+            raise MemoryError("no room for the scores of attention")
+        del held
+
+    def run_greedy(self, rows: Rows, steps: int, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """So many steps of rows that are streams of their own, each fed the likeliest token of the one before.
+
+        The tokens [steps, T] and the states in `hidden` behind them [steps, T, D]; fewer, where logits aren't finite.
+        """
+        held, T = self._bring(rows), len(rows.tokens)
+        tokens = torch.empty(steps, T, dtype=torch.int64)
+        states = hidden.new_empty(steps, T, hidden.shape[1])
+        more = (steps, logits, logits.shape[1], hidden, hidden.shape[1], tokens, states)
+        done = cpu.run("run_greedy", self._compiled, len(self._code), byref(self._step), *more)
+        del held
+        if done < 0:
+            raise MemoryError("no room for the scores of attention")
+        return tokens[:done], states[:done]
+
+    def _bring(self, rows: Rows) -> list[array]:
+        """Point the step to these rows; what is returned must live as long as it is looked at."""
         T = len(rows.tokens)
         assert 0 < T <= self.most, (T, self.most)
         s, P = self._step, max(map(len, rows.table), default=0)
-        table = [page for pages in rows.table for page in (*pages, *[0] * (P - len(pages)))]
         s.T, s.P, s.singles, s.chunks = T, P, T - sum(rows.chunks), len(rows.chunks)
         lists = {
-            "chunk_at": [*accumulate(rows.chunks, initial=s.singles)],
+            "chunk_at": accumulate(rows.chunks, initial=s.singles),
             "token_T": rows.tokens,
             "position_T": rows.positions,
             "slot_T": rows.slots,
             "stream_T": rows.streams,
-            "table_SP": table,
+            "table_SP": (page for pages in rows.table for page in (*pages, *[0] * (P - len(pages)))),
         }
-        held = {name: array("q", numbers) for name, numbers in lists.items()}
-        for name, numbers in held.items():
+        held = [array("q", numbers) for numbers in lists.values()]
+        for name, numbers in zip(lists, held, strict=True):
             setattr(s, name, numbers.buffer_info()[0])
-        cpu.run_program(self._compiled, len(self._code) if n is None else n, byref(s))
+        return held

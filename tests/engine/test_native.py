@@ -9,13 +9,15 @@ from torch import Tensor
 from shoal.engine import native
 from shoal.engine.attend import Span
 from shoal.engine.cache import Cache
+from shoal.engine.engine import LocalEngine
 from shoal.engine.native import Native, cut, takes
+from shoal.engine.request import Sampling
 from shoal.model.attend import Packed
 from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from shoal.model.layers import Linear
 from shoal.model.transformer import Transformer
 from shoal.ops import cpu
-from tests.engine.models import prompt
+from tests.engine.models import ids, prompt, request, speculating
 
 pytestmark = pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
 
@@ -158,3 +160,73 @@ def test_models_with_parts_of_others_are_not_taken():
     assert not takes(m.set_dtype(torch.bfloat16))
     narrow = replace(LLAMA, attention=GQAConfig(2, 2, 24))
     assert not takes(Transformer(narrow).init_weights(0).set_dtype(torch.bfloat16))
+
+
+class Watched:
+    """Ends after the token `last`; from the fifth token on forces a 7 behind every 3 tokens."""
+
+    def __init__(self, last: int):
+        self.last, self.seen = last, []
+
+    def accept(self, token: int) -> bool:
+        self.seen.append(token)
+        return len(self.seen) < self.last
+
+    def forced(self) -> int | None:
+        return 7 if len(self.seen) > 4 and len(self.seen) % 3 == 0 else None
+
+    def mask(self) -> None:
+        return None
+
+
+def told(engine: LocalEngine, last: int) -> list[list[int]]:
+    plain = [request(prompt(n, n), 90) for n in (1, 60, 63, 64)]
+    guided = [request(prompt(20, n), 90, guide=Watched(last + n)) for n in range(3)]
+    stopped = request(prompt(9), 90, stop_tokens=frozenset(range(0, 512, 9)))
+    drawn = request(prompt(9), 30, Sampling(temperature=0.8, seed=3))
+    counted = request(prompt(9), 30, Sampling(temperature=0, frequency_penalty=1.0))
+    alone = [ids(engine.generate([r])[0]) for r in (plain[2], stopped)]
+    return [ids(r) for r in engine.generate([*plain, *guided, stopped, drawn, counted])] + alone
+
+
+def test_steps_taken_together_say_the_same():
+    m, _ = built(V3)
+    together, single = LocalEngine(m, deterministic=True), LocalEngine(m, deterministic=True)
+    single._runner.most_steps = 1
+    stretches, greedy = [], together._runner.greedy
+    together._runner.greedy = lambda work, steps: stretches.append(steps) or greedy(work, steps)  # type: ignore
+    assert told(together, 11) == told(single, 11)
+    assert max(stretches) == 8 and together.stats().steps >= 90
+    together.close()
+    single.close()
+
+
+def test_a_number_that_is_not_finite_ends_a_stretch_before_it():
+    m, _ = built(V3)
+    engine = LocalEngine(m, deterministic=True)
+    expected = ids(engine.generate([request(prompt(9), 40)])[0])
+    engine.close()
+    at = next(i for i in range(15, 40) if expected[i] not in expected[:i])
+    with torch.no_grad():
+        m.embed.weight[expected[at]] = torch.nan
+    engine = LocalEngine(m, deterministic=True)
+    result = engine.generate([request(prompt(9), 40)])[0]
+    assert result.finish == "error" and ids(result) == expected[: at + 1]
+    engine.close()
+
+
+def test_a_rest_of_the_module_is_no_slower_and_keeps_what_a_trial_needs():
+    m, _ = built(V3)
+    engine, plain = speculating(m, 1, gate=None), LocalEngine(m)
+    sink_tokens: list = []
+
+    def sink(step) -> None:
+        sink_tokens.extend(step.tokens)
+        if len(sink_tokens) > 80:
+            engine._speculator.worth.way = 0.0  # type: ignore[union-attr]
+
+    result = engine.generate([request(prompt(30), 120, sink=sink)])[0]
+    assert ids(result) == ids(plain.generate([request(prompt(30), 120)])[0])
+    assert result.usage.drafted > 0
+    engine.close()
+    plain.close()

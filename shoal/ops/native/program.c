@@ -16,8 +16,19 @@
 #include <sched.h>
 #include <stdatomic.h>
 
+
+
+
+
+
+
+
+
+
+
 #define UNIT 64 /* tokens in a page: engine/pages.py */
 #define BLOCK 16     /* outputs in a task */
+#define AHEAD 2      /* blocks: weights are asked for so long before they are needed */
 #define PANEL 64     /* outputs in a task with many rows */
 #define MOST_ROWS 6  /* that meet a panel at a time */
 #define MANY 24      /* rows for which packing a panel pays */
@@ -38,7 +49,8 @@ enum { SIGMOID = 1, NORMED = 2, WIDE = 4, ADD = 8, PAIRS = 16 };
 typedef struct { /* what a step brings, and room for what its routers choose */
     i64 T, P, singles, chunks; /* the first rows attend one by one, those behind them in chunks of one stream each */
     const i64 *chunk_at; /* [chunks + 1]: first rows, and T */
-    const i64 *token_T, *position_T, *slot_T, *stream_T, *table_SP;
+    i64 *token_T, *position_T, *slot_T;
+    const i64 *stream_T, *table_SP;
     const float *cos, *sin; /* [positions, R/2] */
     i64 *expert_M, *row_M, *busy_E, *start_E; /* M = T·A; rows sorted by expert, the experts that have any */
     float *weight_M;
@@ -84,6 +96,7 @@ INLINE void dots(const int MR, const int fresh, const bf16 *const *x, const bf16
         for (int n = 0; n < NR; n++)
             for (i64 k = 0; k < whole; k += 32) {
                 __m512bh wn = pairs(w + n * K + k);
+                _mm_prefetch((const char *)(w + n * K + k + AHEAD * BLOCK * K), _MM_HINT_T1);
                 for (int m = 0; m < MR; m++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], pairs(x[m] + k), wn);
             }
     else
@@ -711,4 +724,38 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
     free(counters);
     free(room);
     return 0;
+}
+
+/* The first of the largest of n logits; -1 where one isn't finite. */
+static i64 likeliest(const float *logit, i64 n) {
+    __m512 top = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
+    for (i64 i = 0; i < n; i += 16) {
+        __m512 x = _mm512_loadu_ps(logit + i);
+        top = _mm512_max_ps(top, x);
+        zero = _mm512_fmadd_ps(x, _mm512_setzero_ps(), zero);
+    }
+    if (_mm512_reduce_add_ps(zero) != 0) return -1;
+    float best = _mm512_reduce_max_ps(top);
+    i64 i = 0;
+    while (logit[i] != best) i++;
+    return i;
+}
+
+/* Up to `steps` steps of rows that are streams of their own, each fed the likeliest token of the one before. Leaves
+ * tokens [steps, T] and the hidden states [steps, T, D] behind them. Returns how many steps were finite; -1: no memory. */
+int run_greedy(const Instruction *code, i64 n, Step *s, i64 threads, i64 steps, const float *logits, i64 V,
+               const bf16 *hidden, i64 D, i64 *tokens, bf16 *states) {
+    for (i64 step = 0; step < steps; step++) {
+        if (run_program(code, n, s, threads)) return -1;
+        for (i64 row = 0; row < s->T; row++) {
+            i64 token = likeliest(logits + row * V, V), next = s->position_T[row] + 1;
+            if (token < 0) return step;
+            tokens[step * s->T + row] = s->token_T[row] = token;
+            if (step + 1 < steps)
+                s->slot_T[row] = s->table_SP[s->stream_T[row] * s->P + next / UNIT] * UNIT + next % UNIT;
+            s->position_T[row] = next;
+        }
+        memcpy(states + step * s->T * D, hidden, s->T * D * sizeof(bf16));
+    }
+    return steps;
 }
