@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from shoal.runtime import cache_root, cpu_flags
 
 SOURCES = Path(__file__).with_name("native")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
+HUGE, MADV_HUGEPAGE = 2**21, 14
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 
 
@@ -217,6 +219,19 @@ def run(name: str, code: ctypes.Array, n: int, step, *more: Tensor | int) -> int
     assert lib is not None
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in more]
     return getattr(lib, name)(code, ctypes.c_int64(n), step, ctypes.c_int64(torch.get_num_threads()), *values)
+
+
+def huge(n: int) -> Tensor:
+    """Room for `n` bytes, uninitialised, on huge pages where the system has some.
+
+    On small ones, scattered over memory, buffers crowd each other out of the second-level cache in some runs and not in
+    others: prompts were read 12% slower in a third of them (LOG.md).
+    """
+    room = torch.empty(n + HUGE, dtype=torch.uint8)
+    room = room[-room.data_ptr() % HUGE :][:n]
+    with suppress(AttributeError):  # not Linux
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(room.data_ptr()), ctypes.c_size_t(n), MADV_HUGEPAGE)
+    return room
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shoal.ops import cpu
 
-UNIT = 64  # tokens in a page of the cache
+FREE = 2**23  # bytes taken together for buffers
 
 
 class Kind(IntEnum):
@@ -91,6 +91,7 @@ class Program:
         """`most` rows a step; `angles`: cos and sin of every position that may come, fp32 [positions, R/2]."""
         self.most = most
         self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._free = torch.empty(0, dtype=torch.uint8)
         self._code: list[_Instruction] = []
         self._compiled = (_Instruction * 0)()
         self._held: list[Tensor | None] = [*(angles or ())]  # what instructions point to
@@ -101,7 +102,11 @@ class Program:
     def rows(self, name: str, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The buffer of this name and width [most, width]."""
         if (name, width) not in self._buffers:
-            self._buffers[name, width] = torch.zeros(self.most, width, dtype=dtype)
+            n = self.most * width * dtype.itemsize
+            if n > len(self._free):
+                self._free = cpu.huge(max(n, FREE))
+            self._buffers[name, width] = self._free[:n].view(dtype).view(self.most, width)
+            self._free = self._free[-(-n // 64) * 64 :]
         return self._buffers[name, width]
 
     def _to(self, to: str | Tensor, width: int) -> Tensor:

@@ -177,6 +177,15 @@ INLINE void panel_product(const int NV, const bf16 *const *x, const bf16 *panel,
         for (int n = 0; n < NV; n++) _mm512_storeu_ps(tile[m] + 16 * n, acc[m][n]);
 }
 
+static void panel_products(i64 NV, const bf16 *const *x, const bf16 *panel, i64 K, float (*tile)[PANEL]) {
+    switch (NV) {
+    case 1: return panel_product(1, x, panel, K, tile);
+    case 2: return panel_product(2, x, panel, K, tile);
+    case 3: return panel_product(3, x, panel, K, tile);
+    default: return panel_product(4, x, panel, K, tile);
+    }
+}
+
 typedef struct { /* of x, from start to end: by index / divide where there is an index */
     const i64 *index;
     i64 divide, start, end;
@@ -194,10 +203,10 @@ INLINE i64 take(const Instruction *c, Rows r, i64 row, i64 most, const bf16 **xs
     return M;
 }
 
-typedef void Finish(const Instruction *c, i64 row, i64 n, const float *products, const float *others);
+typedef void Finish(const Instruction *c, i64 row, i64 n, i64 columns, const float *products, const float *others);
 
-/* Rows of x times `columns` outputs from n on, of w and of w2 where it isn't NULL. Each 16 of a row's products go to
- * `finish`. Many rows at a time go by a panel of packed weights, without the sums across lanes. */
+/* Rows of x times `columns` outputs from n on, of w and of w2 where it isn't NULL. A row's products go to `finish`.
+ * Many rows at a time go by a panel of packed weights, without the sums across lanes. */
 INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const bf16 *w, const bf16 *w2, i64 n, i64 columns,
                      Finish finish) {
     const Instruction *c = t->code;
@@ -211,7 +220,7 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const bf16 *w, con
             products(M, row == r.start, xs, w + (n + j) * K, K, tile);
             if (w2) products(M, row == r.start, xs, w2 + (n + j) * K, K, (float(*)[PANEL])(tile[0] + BLOCK));
             for (i64 m = 0; m < M; m++)
-                finish(c, r.index ? r.index[row + m] : row + m, n + j, tile[m], tile[m] + BLOCK);
+                finish(c, r.index ? r.index[row + m] : row + m, n + j, BLOCK, tile[m], tile[m] + BLOCK);
         }
     if (exact == r.end) return;
     bf16 *panel = (bf16 *)t->room;
@@ -227,15 +236,9 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const bf16 *w, con
             _mm_prefetch(ahead, _MM_HINT_T1);
             if (w2) _mm_prefetch(ahead2, _MM_HINT_T1);
         }
-        switch (total / BLOCK) {
-        case 1: panel_product(1, xs, panel, K, tile); break;
-        case 2: panel_product(2, xs, panel, K, tile); break;
-        case 3: panel_product(3, xs, panel, K, tile); break;
-        default: panel_product(4, xs, panel, K, tile);
-        }
+        panel_products(total / BLOCK, xs, panel, K, tile);
         for (i64 m = 0; m < M; m++)
-            for (i64 j = 0; j < columns; j += BLOCK)
-                finish(c, r.index ? r.index[row + m] : row + m, n + j, tile[m] + j, tile[m] + columns + j);
+            finish(c, r.index ? r.index[row + m] : row + m, n, columns, tile[m], tile[m] + columns);
     }
 }
 
@@ -291,23 +294,29 @@ INLINE void by_expert(const Worker *t, i64 task, i64 divide, Finish finish) {
 }
 
 /* y = x wᵀ + bias, added to what stands in y if ADD; fp32 if WIDE. */
-static void finish_linear(const Instruction *c, i64 row, i64 n, const float *products, const float *others) {
-    i64 at = row * c->ys + n;
-    __m512 y = _mm512_loadu_ps(products);
+static void finish_linear(const Instruction *c, i64 row, i64 n, i64 columns, const float *products, const float *others) {
+    const bf16 *bias = c->bias;
+    bf16 *to = (bf16 *)c->y + row * c->ys + n;
+    float *wide = (float *)c->y + row * c->ys + n;
+    i64 add = c->flags & ADD, is_wide = c->flags & WIDE;
     (void)others;
-    if (c->bias) y = _mm512_add_ps(y, load((const bf16 *)c->bias + n));
-    if (c->flags & ADD) y = _mm512_add_ps(rounded(y), load((bf16 *)c->y + at));
-    if (c->flags & WIDE)
-        _mm512_storeu_ps((float *)c->y + at, rounded(y));
-    else
-        store((bf16 *)c->y + at, y);
+    for (i64 j = 0; j < columns; j += BLOCK) {
+        __m512 y = _mm512_loadu_ps(products + j);
+        if (bias) y = _mm512_add_ps(y, load(bias + n + j));
+        if (add) y = _mm512_add_ps(rounded(y), load(to + j));
+        if (is_wide)
+            _mm512_storeu_ps(wide + j, rounded(y));
+        else
+            store(to + j, y);
+    }
 }
 static void linear(const Worker *t, i64 task) { all_rows(t, task, t->code->w, NULL, finish_linear); }
 
 /* y = silu(x gateᵀ) · x upᵀ */
-static void finish_gated(const Instruction *c, i64 row, i64 n, const float *gate, const float *up) {
-    __m512 y = _mm512_mul_ps(silu(rounded(_mm512_loadu_ps(gate))), rounded(_mm512_loadu_ps(up)));
-    store((bf16 *)c->y + row * c->ys + n, y);
+static void finish_gated(const Instruction *c, i64 row, i64 n, i64 columns, const float *gate, const float *up) {
+    bf16 *to = (bf16 *)c->y + row * c->ys + n;
+    for (i64 j = 0; j < columns; j += BLOCK)
+        store(to + j, _mm512_mul_ps(silu(rounded(_mm512_loadu_ps(gate + j))), rounded(_mm512_loadu_ps(up + j))));
 }
 static void gated(const Worker *t, i64 task) { all_rows(t, task, t->code->w, t->code->w2, finish_gated); }
 
@@ -580,18 +589,23 @@ static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
     const i64 *pages = s->table_SP + s->stream_T[start] * s->P, S = s->position_T[start] + L;
     i64 C = c->K, K = c->N + c->R, V = c->V;
     bf16 *q = (bf16 *)t->room, *k = q + L * K, *v = k + S * K;
-    const bf16 *w = (const bf16 *)c->w + head * (c->N + V) * C, *xs[4];
-    float tile[4][PANEL];
-    for (i64 at = 0; at < S; at += 4) {
-        i64 M = S - at < 4 ? S - at : 4;
-        for (i64 m = 0; m < 4; m++) xs[m] = token(pages, c->kept, C + c->R, m < M ? at + m : S - 1);
-        for (i64 n = 0; n < c->N + V; n += BLOCK) {
-            products(M, 0, xs, w + n * C, C, tile);
+    const bf16 *w = (const bf16 *)c->w + head * (c->N + V) * C, *xs[MOST_ROWS];
+    bf16 *panel = v + S * V;
+    float tile[MOST_ROWS][PANEL];
+    for (i64 n = 0; n < c->N + V; n += PANEL) {
+        i64 columns = least(c->N + V - n, PANEL);
+        for (i64 j = 0; j < columns; j += BLOCK) pack(w + (n + j) * C, C, panel + 2 * j);
+        for (i64 at = 0; at < S; at += MOST_ROWS) {
+            i64 M = least(S - at, MOST_ROWS);
+            for (i64 m = 0; m < MOST_ROWS; m++) xs[m] = token(pages, c->kept, C + c->R, at + least(m, M - 1));
+            panel_products(columns / BLOCK, xs, panel, C, tile);
             for (i64 m = 0; m < M; m++)
-                store(n < c->N ? k + (at + m) * K + n : v + (at + m) * V + n - c->N, _mm512_loadu_ps(tile[m]));
+                for (i64 j = n; j < n + columns; j += BLOCK)
+                    store(j < c->N ? k + (at + m) * K + j : v + (at + m) * V + j - c->N, _mm512_loadu_ps(tile[m] + j - n));
         }
-        for (i64 m = 0; m < M; m++) memcpy(k + (at + m) * K + c->N, xs[m] + C, c->R * sizeof(bf16));
     }
+    for (i64 at = 0; at < S; at++)
+        memcpy(k + at * K + c->N, token(pages, c->kept, C + c->R, at) + C, c->R * sizeof(bf16));
     for (i64 row = 0; row < L; row++) {
         const bf16 *from = (const bf16 *)c->x + (start + row) * c->xs + head * K;
         memcpy(q + row * K, from, c->N * sizeof(bf16));
@@ -693,7 +707,7 @@ static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) 
         int latent = KINDS[c->kind] == attend_latent;
         i64 K = latent ? c->N + c->R : c->K, V = latent ? c->V : c->K;
         if (!latent && KINDS[c->kind] != attend_heads) continue;
-        i64 rebuilt = (s->T * K + longest * (K + V)) * sizeof(bf16) + forward_bytes(longest, K, V);
+        i64 rebuilt = (s->T * K + longest * (K + V)) * sizeof(bf16) + forward_bytes(longest, K, V) + panel;
         bytes = rebuilt > bytes ? rebuilt : bytes;
     }
     return bytes;
