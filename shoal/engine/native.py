@@ -56,6 +56,8 @@ class Native(Runner):
         self.invariant, self.few = invariant, rows_that_attend_alone(model.config)
         n_positions = len(cache.layers[0][0]) * UNIT
         self.angles = angles(torch.arange(min(n_positions, model.config.max_positions)), model.config)
+        for p in model.parameters():
+            cpu.collapse(p)
         self._logits = torch.zeros(DRAWN, model.config.vocab_size)
         self._body, self._hidden, self._before_head = self._write_body()
         self._head, self._drawn = self._write_head()

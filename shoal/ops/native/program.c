@@ -688,6 +688,13 @@ typedef struct {
     char apart[56];
 } Counter; /* of the tasks that were taken; a cache line each */
 
+/* Ask for the weights that this thread's first task of an instruction probably needs. */
+static void warm(const Instruction *c, i64 task) {
+    if ((KINDS[c->kind] != linear && KINDS[c->kind] != gated) || (task + 1) * BLOCK > c->N) return;
+    const char *w = (const char *)c->w + task * BLOCK * c->K * sizeof(bf16);
+    for (i64 b = 0; b < BLOCK * c->K * (i64)sizeof(bf16); b += 64) _mm_prefetch(w + b, _MM_HINT_T1);
+}
+
 /* All threads come here before any goes on. Spins, since it is mostly a matter of a microsecond. */
 static void meet(_Atomic i64 *arrived, i64 threads) {
     i64 round = atomic_fetch_add(arrived, 1) / threads + 1;
@@ -732,7 +739,10 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
             i64 count = tasks(worker.code, step), task;
             while ((task = atomic_fetch_add_explicit(&counters[i].next, 1, memory_order_relaxed)) < count)
                 KINDS[worker.code->kind](&worker, task);
-            if (worker.code->wait) meet(&arrived, team);
+            if (worker.code->wait) {
+                if (i + 1 < n) warm(worker.code + 1, omp_get_thread_num());
+                meet(&arrived, team);
+            }
         }
     }
     free(counters);
