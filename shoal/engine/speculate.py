@@ -85,10 +85,14 @@ def rest(stream: Stream) -> None:
 
 class Worth:
     """Which way gives most tokens a second: no drafts (None), or those that pass one of GATES. Each batch size (to a
-    power of two) has its own answer. One of the ways that lost is tried again for TRIAL steps after REST, and after
-    twice as many each time it loses again, up to LONGEST."""
+    power of two) has its own answer.
 
-    TRIAL, REST, LONGEST = 12, 256, 1024
+    A trial lasts TRIAL steps, or fewer where it is hopeless. Whatever it lost against the best way is made up for by a
+    rest PATIENCE times as long, at least REST steps, before another way is tried again: so looking for something better
+    costs a hundredth at most.
+    """
+
+    TRIAL, REST, PATIENCE = 12, 256, 100
 
     def __init__(self):
         self._sizes: dict[int, _Ways] = {}
@@ -99,13 +103,7 @@ class Worth:
 
     def record(self, streams: int, tokens: int, seconds: float, steps: int = 1) -> None:
         """What a step (or several) of so many decoding streams and nothing else gave."""
-        ways = self._of(streams)
-        ways.steps += steps
-        if ways.steps > 1:  # the first verifies what another way drafted, or nothing
-            ways.tokens += tokens
-            ways.seconds += seconds
-        if ways.steps > ways.length:
-            ways.turn()
+        self._of(streams).record(tokens, seconds, steps)
 
     def _of(self, streams: int) -> "_Ways":
         return self._sizes.setdefault(streams.bit_length(), _Ways())
@@ -113,26 +111,46 @@ class Worth:
 
 class _Ways:
     def __init__(self):
-        self.to_try: list[float | None] = [*GATES, None]
-        self.way, self.length, self.rest = self.to_try[0], Worth.TRIAL, Worth.REST
+        self.to_try: list[float | None] = [*GATES]
+        self.way: float | None = None
+        self.best: float | None = None
         self.speed: dict[float | None, float] = {}  # tokens a second when last tried
-        self.best: float | None = self.way
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.trial, self.lost = True, 0.0  # lost: seconds that trials since the last rest took too long
+        self.fresh, self.steps, self.tokens, self.seconds = True, 0, 0, 0.0
 
-    def turn(self) -> None:
-        """A stretch is over: try the next way, or stay with the best for long."""
-        self.speed[self.way] = self.tokens / max(self.seconds, 1e-9)
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0
-        waiting = [way for way in self.to_try if way not in self.speed]
-        if waiting or self.length > Worth.TRIAL:
-            self.way, self.length = waiting[0] if waiting else self._another(), Worth.TRIAL
+    def record(self, tokens: int, seconds: float, steps: int) -> None:
+        if self.fresh:  # verifies what another way drafted, or nothing
+            self.fresh = False
             return
-        before, self.best = self.best, max(self.speed, key=self.speed.__getitem__)
-        self.rest = min(2 * self.rest, Worth.LONGEST) if self.best == before else Worth.REST
-        self.way, self.length = self.best, self.rest
+        self.steps, self.tokens, self.seconds = self.steps + steps, self.tokens + tokens, self.seconds + seconds
+        over = self._trial_is_over if self.trial else self._rest_is_over
+        if over():
+            self.speed.pop(self.way, None)  # the last one measured stands last
+            self.speed[self.way] = self.tokens / max(self.seconds, 1e-9)
+            self._turn()
+
+    def _trial_is_over(self) -> bool:
+        best = self.speed.get(self.best, 0.0)
+        return self.steps >= Worth.TRIAL or (self.steps >= 3 and 2 * self.tokens < best * self.seconds)
+
+    def _rest_is_over(self) -> bool:
+        return self.steps >= Worth.REST and self.seconds >= Worth.PATIENCE * self.lost
+
+    def _turn(self) -> None:
+        """A stretch is over: try the next way, or stay with the best."""
+        if self.trial and self.way != self.best:
+            self.lost += max(0.0, self.seconds - self.tokens / self.speed[self.best])
+            if self.speed[self.way] > self.speed[self.best]:
+                self.best = self.way
+        waiting = [way for way in self.to_try if way not in self.speed]
+        if waiting or not self.trial:
+            self.way, self.trial = waiting[0] if waiting else self._another(), True
+            self.lost = self.lost if waiting else 0.0
+        else:
+            self.way, self.trial = self.best, False
+        self.fresh, self.steps, self.tokens, self.seconds = True, 0, 0, 0.0
 
     def _another(self) -> float | None:
         """Of the ways that aren't the best, the one tried longest ago."""
-        way = next(way for way in self.to_try if way != self.best)
-        self.to_try.append(self.to_try.pop(self.to_try.index(way)))
-        return way
+        ways = [way for way in (*self.to_try, None) if way != self.best]
+        return min(ways, key=list(self.speed).index)
