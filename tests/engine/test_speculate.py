@@ -167,7 +167,7 @@ def test_a_model_without_modules_decodes_plainly():
 
 @pytest.mark.parametrize("best", [None, *GATES])
 def test_the_best_way_is_found_and_the_others_tried_again(best: float | None):
-    worth, ways, n = Worth(), [], 6000
+    worth, ways, n = Worth(), [], 8000
     for _ in range(n):
         ways.append(worth(4))
         worth.record(4, 4, 0.5 if ways[-1] == best else 1.0)
