@@ -1,5 +1,6 @@
 """Tiny models of both kinds, what they should say by the slow twin, and requests for them."""
 
+import time
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from shoal.engine.engine import LocalEngine
 from shoal.engine.gather import silent
-from shoal.engine.request import Request, Sampling
+from shoal.engine.request import Engine, Request, Sampling
 from shoal.engine.speculate import Worth
 from shoal.model.attend import Packed
 from shoal.model.config import GQAConfig, ModelConfig
@@ -86,3 +87,33 @@ def pages(engine: LocalEngine, n: int) -> int:
 
 def ids(result: Any) -> list[int]:
     return [token.id for token in result.tokens]
+
+
+def idle(engine: Engine) -> None:
+    """Wait until nothing runs or waits."""
+    for _ in range(1000):
+        s = engine.stats()
+        if not s.running + s.waiting:
+            return
+        time.sleep(0.01)
+    raise AssertionError(engine.stats())
+
+
+class Script:
+    """A guide that forces, masks, leaves free and ends, by the number of tokens so far."""
+
+    def __init__(self, forced=None, masks=None, last: int = 99, breaks_at: int = 99):
+        self.seen, self._forced, self._masks = [], forced or {}, masks or {}
+        self._last, self._breaks_at = last, breaks_at
+
+    def accept(self, token: int) -> bool:
+        self.seen.append(token)
+        assert len(self.seen) != self._breaks_at
+        return len(self.seen) < self._last
+
+    def forced(self) -> int | None:
+        return self._forced.get(len(self.seen))
+
+    def mask(self):
+        allowed = self._masks.get(len(self.seen))
+        return None if allowed is None else torch.isin(torch.arange(512), torch.tensor([*allowed], dtype=torch.int64))

@@ -5,9 +5,10 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from secrets import token_hex
 
 import pytest
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import create_engine, make_url
 
 from tests.server.running import Running
 
@@ -48,17 +49,21 @@ def postgres(tmp_path_factory):
     run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
 
 
+@pytest.fixture
+def on_postgres(postgres) -> Iterator[str]:
+    """The URL of an empty database there."""
+    server = create_engine(postgres.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+    name = f"test_{token_hex(8)}"
+    with server.connect() as db:
+        db.exec_driver_sql(f"CREATE DATABASE {name}")
+        yield make_url(postgres).set(database=name).render_as_string(hide_password=False)
+        db.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    server.dispose()
+
+
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
-def database(request, tmp_path) -> Iterator[str]:
+def database(request, tmp_path) -> str:
     """The URL of an empty one, of each kind."""
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/ledger.db"
-        return
-    url = request.getfixturevalue("postgres")
-    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
-    before = set(inspect(engine).get_table_names())
-    yield url
-    with engine.begin() as db:
-        for table in set(inspect(engine).get_table_names()) - before:
-            db.exec_driver_sql(f"DROP TABLE {table}")
-    engine.dispose()
+        return f"sqlite:///{tmp_path}/ledger.db"
+    return request.getfixturevalue("on_postgres")

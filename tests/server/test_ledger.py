@@ -110,10 +110,10 @@ def test_two_writers_lose_nothing(ledger):
 
 
 @pytest.mark.slow
-def test_a_server_on_postgresql(tmp_path, postgres):
+def test_a_server_on_postgresql(tmp_path, on_postgres):
     with Running(tmp_path) as s:
         s.ledger.close()
-    with Running(tmp_path / "b", url=postgres) as s:
+    with Running(tmp_path / "b", url=on_postgres) as s:
         assert s.ask().status_code == 200
         assert [(r["prompt"], r["completion"], r["model"]) for r in s.rows()] == [(3, 14, NAME)]
         until(lambda: s.ledger.all_keys()[0]["spent_tokens"] == 17)

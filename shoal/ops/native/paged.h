@@ -1,0 +1,250 @@
+/* Attention over a paged cache: what is kept of a token, rows that attend alone, chunks that attend in tiles. */
+#pragma once
+#include "products.h"
+
+#define UNIT 64    /* tokens in a page: engine/pages.py */
+#define TOGETHER 4 /* heads that share the reading of a key */
+
+/* Turn R numbers by the row's angles: neighbours (PAIRS, DeepSeek's layout) or halves (Llama's, Qwen2's). */
+INLINE void rotated(const bf16 *x, const Step *s, i64 row, i64 R, i64 flags, bf16 *y) {
+    const float *cos = s->cos + s->position_T[row] * (R / 2), *sin = s->sin + s->position_T[row] * (R / 2);
+    i64 apart = flags & PAIRS ? 1 : R / 2, step = flags & PAIRS ? 2 : 1;
+    for (i64 i = 0; i < R / 2; i++) {
+        float a = widen(x[i * step]), b = widen(x[i * step + apart]);
+        float turned[2] = {a * cos[i] - b * sin[i], a * sin[i] + b * cos[i]};
+        __m128i narrow = (__m128i)_mm_cvtneps_pbh(_mm_set_ps(0, 0, turned[1], turned[0]));
+        y[i * step] = (bf16)_mm_extract_epi16(narrow, 0);
+        y[i * step + apart] = (bf16)_mm_extract_epi16(narrow, 1);
+    }
+}
+
+/* The row of the latent cache: c normed, k_rope turned. x is kv_down's [C | R]. */
+static void keep_latent(const Worker *t, i64 row) {
+    const Instruction *c = t->code;
+    const bf16 *x = (const bf16 *)c->x + row * c->xs;
+    bf16 *to = (bf16 *)c->kept + t->step->slot_T[row] * (c->K + c->R);
+    normed(x, c->w, c->K, c->eps, to);
+    rotated(x + c->K, t->step, row, c->R, PAIRS, to + c->K);
+}
+
+/* k turned and v as it is: x is k [G, K], w is v. */
+static void keep_heads(const Worker *t, i64 row) {
+    const Instruction *c = t->code;
+    i64 width = c->G * c->K, slot = t->step->slot_T[row];
+    for (i64 g = 0; g < c->G; g++)
+        rotated((const bf16 *)c->x + row * c->xs + g * c->K, t->step, row, c->K, 0,
+                (bf16 *)c->kept + slot * width + g * c->K);
+    memcpy((bf16 *)c->kept2 + slot * width, (const bf16 *)c->w2 + row * c->xs, width * sizeof(bf16));
+}
+
+/* For `heads` heads and 16 · NV value dims: to = Σ p value · share, p being `apart` from head to head. */
+INLINE void mix_values(const int heads, const int NV, const i64 *pages, i64 seen, const bf16 *values, i64 width,
+                       const float *p, i64 apart, const float *share, float *to, i64 V) {
+    __m512 acc[4][4];
+    for (int i = 0; i < heads; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = _mm512_setzero_ps();
+    for (i64 page = 0; page * UNIT < seen; page++) {
+        const bf16 *value = values + pages[page] * UNIT * width;
+        for (i64 at = page * UNIT; at < least(page * UNIT + UNIT, seen); at++, value += width) {
+            __m512 v[4];
+            for (int j = 0; j < NV; j++) v[j] = load(value + 16 * j);
+            for (int i = 0; i < heads; i++) {
+                __m512 weight = _mm512_set1_ps(p[i * apart + at]);
+                for (int j = 0; j < NV; j++) acc[i][j] = _mm512_fmadd_ps(weight, v[j], acc[i][j]);
+            }
+        }
+    }
+    for (int i = 0; i < heads; i++)
+        for (int j = 0; j < NV; j++)
+            _mm512_storeu_ps(to + i * V + 16 * j, _mm512_mul_ps(acc[i][j], _mm512_set1_ps(share[i])));
+}
+
+/* out [h, V] = softmax(scale · q keysᵀ) values over the first `seen` tokens of a row's pages, for h ≤ TOGETHER heads.
+ * Keys and values of a token lie `width` apart from the next one's; inner sizes W and V. Every head by itself. */
+static void attend_row(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const bf16 *keys, const bf16 *values,
+                       i64 V, i64 width, float scale, float *out) {
+    const Step *s = t->step;
+    const i64 *pages = s->table_SP + s->stream_T[row] * s->P, seen = s->position_T[row] + 1;
+    float *scores = (float *)t->room; /* [TOGETHER, longest] */
+    __m512 top[TOGETHER], factor = _mm512_set1_ps(scale);
+    for (i64 i = 0; i < h; i++) top[i] = _mm512_set1_ps(-INFINITY);
+    for (i64 at = 0; at < seen; at += 16) { /* rows behind the last token's are there, and masked */
+        const bf16 *k = keys + (pages[at / UNIT] * UNIT + at % UNIT) * width;
+        __mmask16 valid = seen - at >= 16 ? 0xffff : (1 << (seen - at)) - 1;
+        for (i64 i = 0; i < h; i++) {
+            __m512 acc[16];
+            i64 w = 0;
+            for (int n = 0; n < 16; n++) acc[n] = _mm512_setzero_ps();
+            for (; w + 32 <= W; w += 32) {
+                __m512bh qs = pairs(q + i * W + w);
+                for (int n = 0; n < 16; n++) acc[n] = _mm512_dpbf16_ps(acc[n], qs, pairs(k + n * width + w));
+            }
+            if (w < W)
+                for (int n = 0; n < 16; n++)
+                    acc[n] = _mm512_dpbf16_ps(acc[n], half_pairs(q + i * W + w), half_pairs(k + n * width + w));
+            __m512 score = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), valid, sums(acc), factor);
+            _mm512_storeu_ps(scores + i * t->longest + at, score);
+            top[i] = _mm512_max_ps(top[i], score);
+        }
+    }
+    float share[TOGETHER];
+    for (i64 i = 0; i < h; i++) {
+        __m512 best = _mm512_set1_ps(_mm512_reduce_max_ps(top[i])), total = _mm512_setzero_ps();
+        for (i64 at = 0; at < seen; at += 16) {
+            float *p = scores + i * t->longest + at;
+            __mmask16 valid = seen - at >= 16 ? 0xffff : (1 << (seen - at)) - 1;
+            __m512 e = _mm512_maskz_mov_ps(valid, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(p), best)));
+            _mm512_storeu_ps(p, e);
+            total = _mm512_add_ps(total, e);
+        }
+        share[i] = 1 / _mm512_reduce_add_ps(total);
+    }
+    for (i64 v = 0; v < V; v += 16) {
+        const int four = V - v >= 64; /* 64 dims at a time while there are as many */
+        for (i64 i = 0; i < h; i += h - i >= 4 ? 4 : 1) {
+            const float *p = scores + i * t->longest, *mine = share + i;
+            float *to = out + i * V + v;
+            if (four)
+                h - i >= 4 ? mix_values(4, 4, pages, seen, values + v, width, p, t->longest, mine, to, V)
+                           : mix_values(1, 4, pages, seen, values + v, width, p, t->longest, mine, to, V);
+            else
+                h - i >= 4 ? mix_values(4, 1, pages, seen, values + v, width, p, t->longest, mine, to, V)
+                           : mix_values(1, 1, pages, seen, values + v, width, p, t->longest, mine, to, V);
+        }
+        v += four ? 48 : 0;
+    }
+}
+
+INLINE void round_off(const float *x, i64 n, bf16 *y) {
+    for (i64 i = 0; i < n; i += 16) store(y + i, _mm512_loadu_ps(x + i));
+}
+
+INLINE const bf16 *token(const i64 *pages, const void *kept, i64 width, i64 position) {
+    return (const bf16 *)kept + (pages[position / UNIT] * UNIT + position % UNIT) * width;
+}
+
+/* 16 · NV numbers of q w: q [N], rows of w C apart. */
+INLINE void fold(const int NV, const bf16 *q, i64 N, const bf16 *w, i64 C, bf16 *to) {
+    __m512 sum[4];
+    for (int j = 0; j < NV; j++) sum[j] = _mm512_setzero_ps();
+    for (i64 n = 0; n < N; n++)
+        for (int j = 0; j < NV; j++)
+            sum[j] = _mm512_fmadd_ps(_mm512_set1_ps(widen(q[n])), load(w + n * C + 16 * j), sum[j]);
+    for (int j = 0; j < NV; j++) store(to + 16 * j, sum[j]);
+}
+
+/* Latent attention of a row, absorbed: q [H, N + R] folded into the latent by W_k, sums unfolded by W_v, both halves of
+ * w [H, N + V, C]. Nothing is rebuilt. Heads from `first` on, TOGETHER at most. */
+static void absorbed(const Worker *t, i64 row, i64 first) {
+    const Instruction *c = t->code;
+    i64 C = c->K, W = C + c->R, h = c->H - first < TOGETHER ? c->H - first : TOGETHER;
+    bf16 folded[TOGETHER * W], latent[C];
+    float out[TOGETHER * C];
+    for (i64 i = 0; i < h; i++) {
+        const bf16 *q = (const bf16 *)c->x + row * c->xs + (first + i) * (c->N + c->R);
+        const bf16 *w = (const bf16 *)c->w + (first + i) * (c->N + c->V) * C;
+        i64 k = 0;
+        for (; k + 64 <= C; k += 64) fold(4, q, c->N, w + k, C, folded + i * W + k);
+        for (; k < C; k += 16) fold(1, q, c->N, w + k, C, folded + i * W + k);
+        rotated(q + c->N, t->step, row, c->R, PAIRS, folded + i * W + C);
+    }
+    attend_row(t, row, h, folded, W, c->kept, c->kept, C, W, c->scale, out);
+    for (i64 i = 0; i < h; i++) {
+        const bf16 *w = (const bf16 *)c->w + ((first + i) * (c->N + c->V) + c->N) * C, *x = latent;
+        bf16 *y = (bf16 *)c->y + row * c->ys + (first + i) * c->V;
+        float tile[1][PANEL];
+        round_off(out + i * C, C, latent);
+        for (i64 v = 0; v < c->V; v += BLOCK) {
+            products(1, 1, &x, w + v * C, C, tile);
+            store(y + v, _mm512_loadu_ps(tile[0]));
+        }
+    }
+}
+
+/* Latent attention of a chunk's head, rebuilt: k_nope and v of all tokens made from their latents first. */
+static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    const i64 *pages = s->table_SP + s->stream_T[start] * s->P, S = s->position_T[start] + L;
+    i64 C = c->K, K = c->N + c->R, V = c->V;
+    bf16 *q = (bf16 *)t->room, *k = q + L * K, *v = k + S * K;
+    const bf16 *w = (const bf16 *)c->w + head * (c->N + V) * C, *xs[MOST_ROWS];
+    bf16 *panel = v + S * V;
+    float tile[MOST_ROWS][PANEL];
+    for (i64 n = 0; n < c->N + V; n += PANEL) {
+        i64 columns = least(c->N + V - n, PANEL);
+        for (i64 j = 0; j < columns; j += BLOCK) pack(w + (n + j) * C, C, panel + 2 * j);
+        for (i64 at = 0; at < S; at += MOST_ROWS) {
+            i64 M = least(S - at, MOST_ROWS);
+            for (i64 m = 0; m < MOST_ROWS; m++) xs[m] = token(pages, c->kept, C + c->R, at + least(m, M - 1));
+            panel_products(columns / BLOCK, xs, panel, C, tile);
+            for (i64 m = 0; m < M; m++)
+                for (i64 j = n; j < n + columns; j += BLOCK) {
+                    bf16 *to = j < c->N ? k + (at + m) * K + j : v + (at + m) * V + j - c->N;
+                    store(to, _mm512_loadu_ps(tile[m] + j - n));
+                }
+        }
+    }
+    for (i64 at = 0; at < S; at++)
+        memcpy(k + at * K + c->N, token(pages, c->kept, C + c->R, at) + C, c->R * sizeof(bf16));
+    for (i64 row = 0; row < L; row++) {
+        const bf16 *from = (const bf16 *)c->x + (start + row) * c->xs + head * K;
+        memcpy(q + row * K, from, c->N * sizeof(bf16));
+        rotated(from + c->N, s, start + row, c->R, PAIRS, q + row * K + c->N);
+    }
+    bf16 *y = (bf16 *)c->y + start * c->ys + head * V;
+    forward_head(q, K, k, K, v, V, y, c->ys, NULL, 0, L, S, K, V, c->scale, v + S * V);
+}
+
+/* A task: TOGETHER heads of a single row, or one head of a chunk. */
+static void attend_latent(const Worker *t, i64 task) {
+    const Step *s = t->step;
+    i64 parts = ceil_div(t->code->H, TOGETHER), singles = s->singles * parts;
+    if (task < singles) return absorbed(t, task / parts, task % parts * TOGETHER);
+    const i64 *at = s->chunk_at + (task - singles) / t->code->H;
+    rebuilt(t, at[0], at[1] - at[0], (task - singles) % t->code->H);
+}
+
+/* Grouped-query attention of a row: q [H, K] turned here; h heads from `first` on, which share key-value head g. */
+static void attend_group(const Worker *t, i64 row, i64 g, i64 first, i64 h) {
+    const Instruction *c = t->code;
+    i64 K = c->K;
+    bf16 q[TOGETHER * K];
+    float out[TOGETHER * K];
+    for (i64 i = 0; i < h; i++)
+        rotated((const bf16 *)c->x + row * c->xs + (first + i) * K, t->step, row, K, 0, q + i * K);
+    const bf16 *keys = (const bf16 *)c->kept + g * K, *values = (const bf16 *)c->kept2 + g * K;
+    attend_row(t, row, h, q, K, keys, values, K, c->G * K, c->scale, out);
+    for (i64 i = 0; i < h; i++) round_off(out + i * K, K, (bf16 *)c->y + row * c->ys + (first + i) * K);
+}
+
+/* The same for one head of a chunk. */
+static void attend_chunk(const Worker *t, i64 start, i64 L, i64 head) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    const i64 *pages = s->table_SP + s->stream_T[start] * s->P, S = s->position_T[start] + L;
+    i64 K = c->K, g = head / (c->H / c->G), bytes = K * sizeof(bf16);
+    bf16 *q = (bf16 *)t->room, *k = q + L * K, *v = k + S * K;
+    for (i64 row = 0; row < L; row++)
+        rotated((const bf16 *)c->x + (start + row) * c->xs + head * K, s, start + row, K, 0, q + row * K);
+    for (i64 at = 0; at < S; at++) {
+        memcpy(k + at * K, token(pages, c->kept, c->G * K, at) + g * K, bytes);
+        memcpy(v + at * K, token(pages, c->kept2, c->G * K, at) + g * K, bytes);
+    }
+    bf16 *y = (bf16 *)c->y + start * c->ys + head * K;
+    forward_head(q, K, k, K, v, K, y, c->ys, NULL, 0, L, S, K, K, c->scale, v + S * K);
+}
+
+/* A task: heads of a single row that share a key-value head, TOGETHER at most; or one head of a chunk. */
+static void attend_heads(const Worker *t, i64 task) {
+    const Instruction *c = t->code;
+    const Step *s = t->step;
+    i64 shared = c->H / c->G, parts = ceil_div(shared, TOGETHER), singles = s->singles * c->G * parts;
+    if (task < singles) {
+        i64 g = task / parts % c->G, first = task % parts * TOGETHER;
+        i64 h = shared - first < TOGETHER ? shared - first : TOGETHER;
+        return attend_group(t, task / (c->G * parts), g, g * shared + first, h);
+    }
+    const i64 *at = s->chunk_at + (task - singles) / c->H;
+    attend_chunk(t, at[0], at[1] - at[0], (task - singles) % c->H);
+}

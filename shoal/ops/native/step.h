@@ -1,0 +1,49 @@
+/* What an instruction of program.c is, and what a step brings it. */
+#pragma once
+#include "tiles.h"
+
+typedef struct { /* the same in ops/program.py */
+    i64 kind, wait;
+    const void *x, *w, *w2, *bias;
+    void *y, *kept, *kept2;
+    i64 xs, ys; /* from row to row of x and y */
+    i64 N, K, H, G, R, V, E, A, stacked, groups, best_groups, flags; /* stacked: weights that make an output */
+    float eps, scale;
+} Instruction;
+
+enum { SIGMOID = 1, NORMED = 2, WIDE = 4, ADD = 8, PAIRS = 16 };
+
+typedef struct { /* what a step brings, and room for what its routers choose */
+    i64 T, P, singles, chunks; /* the first rows attend one by one, those behind them in chunks of one stream each */
+    const i64 *chunk_at; /* [chunks + 1]: first rows, and T */
+    i64 *token_T, *position_T, *slot_T;
+    const i64 *stream_T, *table_SP;
+    const float *cos, *sin; /* [positions, R/2] */
+    i64 *expert_M, *row_M, *busy_E, *start_E; /* M = T·A; rows sorted by expert, the experts that have any */
+    float *weight_M;
+    i64 n_busy;
+} Step;
+
+typedef struct {
+    const Instruction *code;
+    Step *step;
+    i64 longest; /* tokens that any row sees */
+    char *room;  /* this thread's own, for panels and attention */
+} Worker;
+
+INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+/* As a bf16 that was written and read again. */
+INLINE __m512 rounded(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
+/* y = x / rms(x) · w */
+INLINE void normed(const bf16 *x, const float *w, i64 K, float eps, bf16 *y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (i64 k = 0; k < K; k += 16) squares = _mm512_fmadd_ps(load(x + k), load(x + k), squares);
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / K + eps));
+    for (i64 k = 0; k < K; k += 16)
+        store(y + k, _mm512_mul_ps(_mm512_mul_ps(load(x + k), scale), _mm512_loadu_ps(w + k)));
+}
