@@ -108,7 +108,7 @@ def test_nothing_flickers_or_jumps_while_it_grows(visit):
     ask(page, "merge")
     seen = page.evaluate("({ ...window.seen, first: null })")
     assert seen["replaced"] == 0, "the code block was built again"
-    assert seen["shrank"] < 30, "the text lost more than a line"
+    assert seen["shrank"] < 54, "the text lost more than a line an update, of which a busy machine shows two at once"
 
 
 def test_the_scroll_follows_until_the_reader_scrolls_up(visit, api):
