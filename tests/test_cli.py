@@ -161,6 +161,7 @@ def test_a_resumed_run_keeps_its_settings(two_runs, monkeypatch):
         verb.reconfigured(first, verb.parse("--resume --lr 1".split()))
 
 
+@pytest.mark.slow
 def test_doctor_measures_this_machine():
     code, out, _ = shoal("doctor", "--json")
     facts = json.loads(out)

@@ -122,6 +122,7 @@ def test_the_form_of_calls_is_seen_in_the_template():
         chat.template.child.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [
@@ -155,6 +156,7 @@ def test_49_hostile_templates_end_in_a_typed_error_in_bounded_time_and_memory(te
     assert process.memory_info().rss - before < 64 * 2**20
 
 
+@pytest.mark.slow
 def test_a_template_that_turns_on_a_request_harms_that_request_only(opened):
     chat = opened(
         "{% if messages | length > 1 %}{{ 10 ** (messages | length * 10 ** 10) }}{% endif %}{{ messages[0].content }}"

@@ -112,6 +112,7 @@ def test_pages_that_fell_out_of_memory_come_back(made):
     assert [r.usage.cached for r in results] == [128] * 4 and engine.stats().disk_hits >= 6
 
 
+@pytest.mark.slow
 def test_a_full_memory_delays_and_changes_nothing(made):
     engine = made(memory_bytes=pages(LocalEngine(model()), 5), depth=2)
     prompts = [prompt(50, i) for i in range(4)]

@@ -114,6 +114,7 @@ def test_a_server_enforces_them(tmp_path):
         assert s.ask(headers=header["free"]).status_code == 200
 
 
+@pytest.mark.slow
 def test_whatever_a_key_asks_counts(tmp_path):
     with Running(tmp_path) as s:
         for i, visit in enumerate(

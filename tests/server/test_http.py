@@ -182,6 +182,7 @@ def test_metrics_health_and_usage(served):
     assert group["group"] == NAME and group["cost_usd"] == pytest.approx(sum(r["cost"] for r in rows) / 1e9)
 
 
+@pytest.mark.slow
 def test_queued_requests_hear_their_place_and_then_keep_alives(tmp_path):
     engine = FakeEngine(lambda _: [*b"x" * 40, END], slots=1, pause=0.02)
     with Running(tmp_path, engine, queue_seconds=0.05, keep_alive_seconds=0.1) as s:

@@ -144,6 +144,7 @@ def test_30_says_what_fits(served):
     assert answer.status_code == 200
 
 
+@pytest.mark.slow
 def test_31_ten_mebibytes_without_a_space_do_not_hold_up_a_stream(tmp_path):
     """Steps come every 20 ms; the worst gap a reader sees while huge bodies come in stays far below a second."""
     with Running(tmp_path, FakeEngine(lambda _: [*b"x" * 100, END], pause=0.02), body_bytes=12 * 2**20) as s:

@@ -21,6 +21,7 @@ def weights(state: TrainState) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in state.model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_learns_a_batch_by_heart(matrices, dtype):
@@ -93,6 +94,7 @@ def test_resting_multi_token_modules_cost_nothing_and_stay_put():
     assert train_step(state, [batch_of([64])]).mtp_loss is not None
 
 
+@pytest.mark.slow
 def test_the_bias_evens_out_the_experts():
     state = TrainState(replace(CONFIG, loss=LossConfig(bias_speed=0.01), optim=OptimConfig(lr=1e-4)), "cpu")
     for router in routers(state.model):
