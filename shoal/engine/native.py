@@ -36,15 +36,19 @@ MOST = 512  # rows in a call; more are cut
 DRAWN = 64  # rows of logits in a call
 ITS_OWN = {Transformer, Block, MTP, LatentAttention, GroupedAttention, MoE, SwiGLU, nn.ModuleList}
 ITS_OWN |= {Embedding, Linear, RMSNorm, Experts, Router}
+HEAD_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim")
 
 
 def takes(model: Transformer) -> bool:
-    """Whether the model runs as a program here: bf16, native kernels, no part of it replaced from outside."""
-    own = all(type(m) in ITS_OWN and isinstance(getattr(m, "dispatcher", None), Local | None) for m in model.modules())
-    sizes = [size for p in model.parameters() if p.dtype is torch.bfloat16 and p.dim() > 1 for size in p.shape[-2:]]
-    a = model.config.attention
-    heads = [getattr(a, name, 16) for name in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "head_dim")]
-    return own and cpu.takes(model.embed.weight, *sizes, *heads)
+    """Whether the model runs as a program here: native kernels, no part of it replaced from outside, matrices in bf16
+    with norms and routers in fp32 (as `set_dtype` leaves them), sizes that the kernels take."""
+    modules, a = list(model.modules()), model.config.attention
+    own = all(type(m) in ITS_OWN and isinstance(getattr(m, "dispatcher", None), Local | None) for m in modules)
+    high = {id(p) for m in modules if isinstance(m, RMSNorm | Router) for p in m.parameters()}
+    typed = all(p.dtype is (torch.float32 if id(p) in high else torch.bfloat16) for p in model.parameters())
+    sizes = [size for p in model.parameters() if id(p) not in high and p.dim() > 1 for size in p.shape[-2:]]
+    heads = [getattr(a, name, 16) for name in HEAD_SIZES]
+    return own and typed and cpu.takes(model.embed.weight, *sizes, *heads)
 
 
 class Native(Runner):

@@ -9,7 +9,7 @@ buffers of one name and width are one. An instruction sees what those before it 
 run at the same time. Results are bf16, rounded where the modules of shoal/model round, and the rows of a step don't
 change each other by as much as a bit.
 
-The specification is the model's own forward pass: engine/decode.py writes programs, its tests compare.
+The specification is the model's own forward pass: engine/native.py writes programs, its tests compare.
 Shapes: T rows, N outputs, K inputs, E experts, A chosen; H heads, G key-value heads, V value dims, C latent, R rope.
 """
 
@@ -37,7 +37,7 @@ class Kind(IntEnum):
 
 
 class Flag(IntFlag):
-    SIGMOID, NORMED, WIDE, ADD, PAIRS = (1 << i for i in range(5))
+    SIGMOID, NORMED, WIDE, ADD = (1 << i for i in range(4))
 
 
 class _Instruction(ctypes.Structure):
@@ -93,7 +93,7 @@ class Program:
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._free = torch.empty(0, dtype=torch.uint8)
         self._code: list[_Instruction] = []
-        self._compiled = (_Instruction * 0)()
+        self._compiled: ctypes.Array[_Instruction] | None = None  # the same in one piece, until one is added
         self._held: list[Tensor | None] = [*(angles or ())]  # what instructions point to
         self._step = _Step()
         if angles:
@@ -217,13 +217,13 @@ class Program:
                 value = value.data_ptr()
             setattr(c, name, value)
         self._code.append(c)
-        self._compiled = (_Instruction * len(self._code))(*self._code)
+        self._compiled = None
         return arguments["y"] if "y" in arguments else arguments["x"]
 
     def run(self, rows: Rows, n: int | None = None) -> None:
         """One step, or its first `n` instructions. What `rows` lack, none of them may ask for."""
         held = self._bring(rows)
-        if cpu.run("run_program", self._compiled, len(self._code) if n is None else n, byref(self._step)):
+        if cpu.run("run_program", self._whole(), len(self._code) if n is None else n, byref(self._step)):
             raise MemoryError("no room for the scores of attention")
         del held
 
@@ -236,11 +236,16 @@ class Program:
         tokens = torch.empty(steps, T, dtype=torch.int64)
         states = hidden.new_empty(steps, T, hidden.shape[1])
         more = (steps, logits, logits.shape[1], hidden, hidden.shape[1], tokens, states)
-        done = cpu.run("run_greedy", self._compiled, len(self._code), byref(self._step), *more)
+        done = cpu.run("run_greedy", self._whole(), len(self._code), byref(self._step), *more)
         del held
         if done < 0:
             raise MemoryError("no room for the scores of attention")
         return tokens[:done], states[:done]
+
+    def _whole(self) -> ctypes.Array[_Instruction]:
+        if self._compiled is None:
+            self._compiled = (_Instruction * len(self._code))(*self._code)
+        return self._compiled
 
     def _bring(self, rows: Rows) -> list[array]:
         """Point the step to these rows; what is returned must live as long as it is looked at."""

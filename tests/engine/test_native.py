@@ -158,8 +158,14 @@ def test_models_with_parts_of_others_are_not_taken():
     assert takes(m) and not takes(Transformer(LLAMA).init_weights(0))  # fp32
     m.layers[0].attn.__setattr__("q", Packed8(LLAMA.dim, 320))
     assert not takes(m.set_dtype(torch.bfloat16))
-    narrow = replace(LLAMA, attention=GQAConfig(2, 2, 24))
-    assert not takes(Transformer(narrow).init_weights(0).set_dtype(torch.bfloat16))
+    odd = (GQAConfig(2, 2, 24), MLAConfig(2, 48, 8, 16, 16), MLAConfig(2, 40, 16, 16, 16))
+    for attention in odd:
+        assert not takes(Transformer(replace(LLAMA, attention=attention)).init_weights(0).set_dtype(torch.bfloat16))
+    m, _ = built(LLAMA)
+    assert not takes(m.to(torch.bfloat16))  # the norms, too
+    m, _ = built(LLAMA)
+    m.layers[0].get_parameter("ffn.down.weight").data = torch.zeros(80, 112)
+    assert not takes(m)
 
 
 class Watched:

@@ -5,10 +5,12 @@
 #define UNIT 64    /* tokens in a page: engine/pages.py */
 #define TOGETHER 4 /* heads that share the reading of a key */
 
-/* Turn R numbers by the row's angles: neighbours (PAIRS, DeepSeek's layout) or halves (Llama's, Qwen2's). */
-INLINE void rotated(const bf16 *x, const Step *s, i64 row, i64 R, i64 flags, bf16 *y) {
+enum { HALVES, PAIRS }; /* how the two numbers that turn together lie: Llama's and Qwen2's layout, DeepSeek's */
+
+/* Turn R numbers by the row's angles. */
+INLINE void rotated(const bf16 *x, const Step *s, i64 row, i64 R, const int layout, bf16 *y) {
     const float *cos = s->cos + s->position_T[row] * (R / 2), *sin = s->sin + s->position_T[row] * (R / 2);
-    i64 apart = flags & PAIRS ? 1 : R / 2, step = flags & PAIRS ? 2 : 1;
+    i64 apart = layout == PAIRS ? 1 : R / 2, step = layout == PAIRS ? 2 : 1;
     for (i64 i = 0; i < R / 2; i++) {
         float a = widen(x[i * step]), b = widen(x[i * step + apart]);
         float turned[2] = {a * cos[i] - b * sin[i], a * sin[i] + b * cos[i]};
@@ -32,7 +34,7 @@ static void keep_heads(const Worker *t, i64 row) {
     const Instruction *c = t->code;
     i64 width = c->G * c->K, slot = t->step->slot_T[row];
     for (i64 g = 0; g < c->G; g++)
-        rotated((const bf16 *)c->x + row * c->xs + g * c->K, t->step, row, c->K, 0,
+        rotated((const bf16 *)c->x + row * c->xs + g * c->K, t->step, row, c->K, HALVES,
                 (bf16 *)c->kept + slot * width + g * c->K);
     memcpy((bf16 *)c->kept2 + slot * width, (const bf16 *)c->w2 + row * c->xs, width * sizeof(bf16));
 }
@@ -212,7 +214,7 @@ static void attend_group(const Worker *t, i64 row, i64 g, i64 first, i64 h) {
     bf16 q[TOGETHER * K];
     float out[TOGETHER * K];
     for (i64 i = 0; i < h; i++)
-        rotated((const bf16 *)c->x + row * c->xs + (first + i) * K, t->step, row, K, 0, q + i * K);
+        rotated((const bf16 *)c->x + row * c->xs + (first + i) * K, t->step, row, K, HALVES, q + i * K);
     const bf16 *keys = (const bf16 *)c->kept + g * K, *values = (const bf16 *)c->kept2 + g * K;
     attend_row(t, row, h, q, K, keys, values, K, c->G * K, c->scale, out);
     for (i64 i = 0; i < h; i++) round_off(out + i * K, K, (bf16 *)c->y + row * c->ys + (first + i) * K);
@@ -226,7 +228,7 @@ static void attend_chunk(const Worker *t, i64 start, i64 L, i64 head) {
     i64 K = c->K, g = head / (c->H / c->G), bytes = K * sizeof(bf16);
     bf16 *q = (bf16 *)t->room, *k = q + L * K, *v = k + S * K;
     for (i64 row = 0; row < L; row++)
-        rotated((const bf16 *)c->x + (start + row) * c->xs + head * K, s, start + row, K, 0, q + row * K);
+        rotated((const bf16 *)c->x + (start + row) * c->xs + head * K, s, start + row, K, HALVES, q + row * K);
     for (i64 at = 0; at < S; at++) {
         memcpy(k + at * K, token(pages, c->kept, c->G * K, at) + g * K, bytes);
         memcpy(v + at * K, token(pages, c->kept2, c->G * K, at) + g * K, bytes);

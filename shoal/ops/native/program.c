@@ -37,14 +37,14 @@ static void norm(const Worker *t, i64 row) {
 INLINE i64 width(const Instruction *c, const Step *s) { return s->chunks ? PANEL / c->stacked : BLOCK; }
 
 /* A task of a product over all rows: a block of outputs, and of rows where there are many. */
-INLINE void all_rows(const Worker *t, i64 task, const bf16 *w, const bf16 *w2, Finish finish) {
+INLINE void all_rows(const Worker *t, i64 task, Finish finish) {
     const Instruction *c = t->code;
     const Step *s = t->step;
     i64 columns = width(c, s), blocks = ceil_div(c->N, columns);
     i64 n = task % blocks * columns, start = task / blocks * ROWS;
     Rows r = {NULL, 1, start, least(start + ROWS, s->T)};
     i64 panel_from = s->chunks && s->singles < r.end ? (s->singles > start ? s->singles : start) : r.end;
-    multiply(t, r, panel_from, w, w2, n, least(columns, c->N - n), finish);
+    multiply(t, r, panel_from, c->w, c->w2, n, least(columns, c->N - n), finish);
 }
 
 /* A task of a product over each expert's rows: a block of outputs of one of the experts that have any. */
@@ -78,7 +78,7 @@ static void finish_linear(const Instruction *c, i64 row, i64 n, i64 columns, con
             store(to + j, y);
     }
 }
-static void linear(const Worker *t, i64 task) { all_rows(t, task, t->code->w, NULL, finish_linear); }
+static void linear(const Worker *t, i64 task) { all_rows(t, task, finish_linear); }
 
 /* y = silu(x gateᵀ) · x upᵀ */
 static void finish_gated(const Instruction *c, i64 row, i64 n, i64 columns, const float *gate, const float *up) {
@@ -86,7 +86,7 @@ static void finish_gated(const Instruction *c, i64 row, i64 n, i64 columns, cons
     for (i64 j = 0; j < columns; j += BLOCK)
         store(to + j, _mm512_mul_ps(silu(rounded(_mm512_loadu_ps(gate + j))), rounded(_mm512_loadu_ps(up + j))));
 }
-static void gated(const Worker *t, i64 task) { all_rows(t, task, t->code->w, t->code->w2, finish_gated); }
+static void gated(const Worker *t, i64 task) { all_rows(t, task, finish_gated); }
 
 /* Each chosen expert's rows, M = T · A of them: gate and up stacked in w [E, 2N, K]; down [E, N, K]. */
 static void experts_gated(const Worker *t, i64 task) { by_expert(t, task, t->code->A, finish_gated); }
