@@ -53,14 +53,13 @@ class StepResult:
 class TrainState:
     """Model, optimizer and counters: all that a resumed run needs."""
 
-    def __init__(self, config: PretrainConfig, device: str):
+    def __init__(self, config: PretrainConfig, device: str, model: Transformer | None = None):
+        """`model` is one to go on from; without it, a new one is drawn."""
         self.config = config
         self.device = torch.device(device)
-        model = (
-            Transformer(config.model)
-            .to(self.device)
-            .init_weights(config.seed, config.init.embed_std, config.init.out_std)
-        )
+        if model is None:
+            model = Transformer(config.model).to(self.device)
+            model.init_weights(config.seed, config.init.embed_std, config.init.out_std)
         self.model = model.set_dtype(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
         self.optimizer = Optimizer(self.model, config.optim)
         self.counters = Counters(total_steps=config.steps or 0)
