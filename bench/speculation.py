@@ -31,7 +31,7 @@ from shoal.engine.request import Request, Sampling, Step
 from shoal.engine.speculate import Worth
 from shoal.errors import ModelError, ShoalError
 from shoal.run import Run
-from shoal.tasks.arithmetic import GENERATORS
+from shoal.tasks.catalog import GENERATORS
 from shoal.train.config import PretrainConfig
 
 DEPTHS, BATCHES = (1, 2, 3), (1, 2, 4, 8, 16)

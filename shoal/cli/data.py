@@ -39,7 +39,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     from shoal.data.corpus import prepare
-    from shoal.tasks.arithmetic import GENERATORS
+    from shoal.tasks.catalog import GENERATORS
 
     sources = tuple(args.source or DEFAULT.sources)
     config = DataConfig(sources, args.vocab_size, args.tokenizer, args.val_suffixes)

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     from shoal.data.config import DataConfig
     from shoal.data.corpus import train_tokenizer
     from shoal.data.sources import resolve
-    from shoal.tasks.arithmetic import GENERATORS
+    from shoal.tasks.catalog import GENERATORS
 
     if (args.out / "tokenizer.json").exists():
         raise DataError(f"{args.out}, which has a tokenizer.json", "another folder", "choose another --out")

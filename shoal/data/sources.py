@@ -13,6 +13,7 @@ refused where they are named.
 
 import glob
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -67,7 +68,8 @@ def from_generator(generate: Generator, count: str):
     if count and not count.isdigit():
         raise DataError(f"{count!r} generated items", "a whole number", "write for instance worked-arithmetic:20000")
     n = int(count or GENERATED_ITEMS)
-    code = Path(generate.__code__.co_filename).read_text(encoding="utf-8")
+    made_by = Path(inspect.getfile(generate.func if isinstance(generate, partial) else generate)).parent
+    code = "".join(file.read_text(encoding="utf-8") for file in sorted(made_by.glob("*.py")))  # all that shapes an item
     return f"{n} {code}", lambda skipped: (worked(*item) for item in generate(n))
 
 

@@ -21,7 +21,7 @@ from shoal.plan import cost, memory, size
 from shoal.recipes._machine import Here
 from shoal.recipes._teller import Teller
 from shoal.recipes.quickstart import LADDER, TOKENS_PER_ACTIVE
-from shoal.tasks.arithmetic import GENERATORS
+from shoal.tasks.catalog import GENERATORS
 from shoal.train import pairs
 from shoal.train.config import PretrainConfig
 from shoal.train.pretrain import training_loader

@@ -1,79 +1,21 @@
-"""Arithmetic whose reasoning can be checked: a prompt, a worked solution, and a grader that is the reward.
+"""Arithmetic with worked solutions, written the way a small model can follow: one column, one partial product or one
+step a line, every carry named.
 
-A model can't be rewarded into a skill it never shows (the gradient scales with the pass rate), so the same items serve
-twice: their worked solutions are training text, and later their graders score what the model writes by itself. A grader
-returns exactly 1.0 or 0.0, computes with integers only, never evaluates model output as code, and bounds its length.
-
-Item `i` of a seed is drawn from a generator keyed by the hash of (seed, i): any item alone, in any order, and two seeds
-share nothing but chance. The reasoning depends on the prompt alone, so equal prompts make equal documents, which the
-corpus drops and never splits across held-out and training text.
-
-Written the way a small model can follow: one column or partial product a line, every carry named.
+The reasoning depends on the problem alone, so equal prompts make equal documents, which the corpus drops and never
+splits across held-out and training text. Checks compute with integers and exact fractions; none evaluates the answer.
 """
 
 import ast
-import hashlib
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import combinations
 from math import gcd
 from random import Random
 
+from shoal.tasks.task import Made, Task
+
 LEVELS = (1, 2, 3, 4, 5)
-
-
-@dataclass(frozen=True)
-class Item:
-    task: str
-    level: int
-    prompt: str
-    reasoning: str
-    answer: str
-    check: Callable[[str], bool]
-
-    def grade(self, answer: str | None) -> float:
-        """1.0 for a right answer, 0.0 for anything else, None included."""
-        return float(answer is not None and self.check(answer.strip()))
-
-    def reward(self, completion: str) -> float:
-        """Grade what follows `<think>` in a whole completion."""
-        return self.grade(extract_answer(completion))
-
-
-def extract_answer(completion: str) -> str | None:
-    """The text between <answer> and </answer> right after the only </think>; None when the form is another."""
-    reasoning, end, rest = completion.partition("</think>")
-    found = re.fullmatch(r"\s*<answer>([^<>]*)</answer>\s*", rest)
-    return found[1] if end and found and "<answer>" not in reasoning else None
-
-
-def item(seed: int, index: int, tasks: tuple[str, ...] | None = None, levels: tuple[int, ...] = LEVELS) -> Item:
-    """Item `index` of the endless list that `seed` names; task and level drawn evenly from those given."""
-    key = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-    rng = Random(int.from_bytes(key, "big"))
-    task, level = rng.choice(tasks or tuple(TASKS)), rng.choice(levels)
-    prompt, reasoning, answer, check = TASKS[task](rng, level)
-    return Item(task, level, prompt, reasoning, answer, check or partial(same_integer, answer))
-
-
-def worked(count: int, seed: int = 0) -> Iterator[tuple[str, str, str]]:
-    """The first `count` items as (prompt, reasoning, answer): the corpus source `worked-arithmetic`."""
-    for index in range(count):
-        it = item(seed, index)
-        yield it.prompt, it.reasoning, it.answer
-
-
-GENERATORS = {"worked-arithmetic": worked}
-
-
-def same_integer(expected: str, answer: str) -> bool:
-    return answer == expected
-
-
-Made = tuple[str, str, str, Callable[[str], bool] | None]  # prompt, reasoning, answer, check (None: the same integer)
 
 
 def number(rng: Random, digits: int) -> int:
@@ -120,7 +62,7 @@ def spell(n: int) -> str:
 def addition(rng: Random, level: int) -> Made:
     a, b = number(rng, 2 * level), number(rng, 2 * level)
     lines = [f"{spell(a)} + {spell(b)}", *add_columns(a, b), f"read up: {spell(a + b)}"]
-    return phrase(rng, f"{a} + {b}"), "\n".join(lines), str(a + b), None
+    return Made(phrase(rng, f"{a} + {b}"), "\n".join(lines), str(a + b), f"{a}+{b}")
 
 
 def subtraction(rng: Random, level: int) -> Made:
@@ -129,7 +71,7 @@ def subtraction(rng: Random, level: int) -> Made:
     lines = [f"{spell(high)} - {spell(low)}", *subtract_columns(high, low), f"read up: {spell(high - low)}"]
     if a < b:
         lines = [f"{a} is less than {b}, so the result is negative", *lines]
-    return phrase(rng, f"{a} - {b}"), "\n".join(lines), str(a - b), None
+    return Made(phrase(rng, f"{a} - {b}"), "\n".join(lines), str(a - b), f"{a}-{b}")
 
 
 def multiplication(rng: Random, level: int) -> Made:
@@ -140,7 +82,7 @@ def multiplication(rng: Random, level: int) -> Made:
         lines.append(f"{a} * {digit} = {a * int(digit)}, shifted {place}: {part}")
         lines.append(f"{total} + {part} = {total + part}")
         total += part
-    return phrase(rng, f"{a} * {b}"), "\n".join(lines), str(total), None
+    return Made(phrase(rng, f"{a} * {b}"), "\n".join(lines), str(total), f"{a}*{b}")
 
 
 def division(rng: Random, level: int) -> Made:
@@ -153,7 +95,7 @@ def division(rng: Random, level: int) -> Made:
     lines.append(f"quotient {a // b}, remainder {rest}")
     kind = rng.choice(("quotient", "remainder"))
     prompt = rng.choice(("What is the {} of {} / {}?", "Divide {1} by {2} and give the {0}.")).format(kind, a, b)
-    return prompt, "\n".join(lines), str(a // b if kind == "quotient" else rest), None
+    return Made(prompt, "\n".join(lines), str(a // b if kind == "quotient" else rest), f"{kind} {a}/{b}")
 
 
 def common_divisor(rng: Random, level: int) -> Made:
@@ -164,7 +106,7 @@ def common_divisor(rng: Random, level: int) -> Made:
         lines.append(f"{x} mod {y} = {x % y}")
         x, y = y, x % y
     prompt = rng.choice(("What is the greatest common divisor of {} and {}?", "Compute gcd({}, {}).")).format(a, b)
-    return prompt, "\n".join([*lines, f"the last divisor is {x}"]), str(gcd(a, b)), None
+    return Made(prompt, "\n".join([*lines, f"the last divisor is {x}"]), str(gcd(a, b)), f"{a},{b}")
 
 
 def power_modulo(rng: Random, level: int) -> Made:
@@ -174,7 +116,8 @@ def power_modulo(rng: Random, level: int) -> Made:
         product = value * (base % modulus)
         lines.append(f"power {step}: {value} * {base % modulus} = {product}, mod {modulus} = {product % modulus}")
         value = product % modulus
-    return phrase(rng, f"{base}^{exponent} mod {modulus}"), "\n".join(lines), str(value), None
+    problem = f"{base}^{exponent} mod {modulus}"
+    return Made(phrase(rng, problem), "\n".join(lines), str(value), problem)
 
 
 def linear_equation(rng: Random, level: int) -> Made:
@@ -185,7 +128,8 @@ def linear_equation(rng: Random, level: int) -> Made:
     right = f"{c}x {signed(d)}" if c else f"{d}"
     lines = [f"take {c}x from both sides: {a - c}x {signed(b)} = {d}"] if c else []
     lines += [f"{a - c}x = {d} {signed(-b)} = {d - b}", f"x = {d - b} / {a - c} = {x}"]
-    return f"Solve for x: {a}x {signed(b)} = {right}", "\n".join(lines), str(x), None
+    equation = f"{a}x {signed(b)} = {right}"
+    return Made(f"Solve for x: {equation}", "\n".join(lines), str(x), equation)
 
 
 def signed(n: int) -> str:
@@ -217,7 +161,7 @@ def countdown(rng: Random, level: int) -> Made:
     lines, answer = search(numbers, target)
     listed = ", ".join(map(str, numbers))
     prompt = f"Use {listed} once each with + - * / to make {target}."
-    return prompt, "\n".join(lines), answer, partial(makes_target, numbers, target)
+    return Made(prompt, "\n".join(lines), answer, f"{listed} -> {target}", partial(makes_target, numbers, target))
 
 
 def search(numbers: tuple[int, ...], target: int) -> tuple[list[str], str]:
@@ -266,13 +210,16 @@ def evaluate(node: ast.expr, used: list[int]) -> Fraction:
     raise ValueError(node)
 
 
-TASKS: dict[str, Callable[[Random, int], Made]] = {
-    "addition": addition,
-    "subtraction": subtraction,
-    "multiplication": multiplication,
-    "division": division,
-    "common_divisor": common_divisor,
-    "power_modulo": power_modulo,
-    "linear_equation": linear_equation,
-    "countdown": countdown,
-}
+TASKS = tuple(
+    Task(make.__name__, LEVELS, make)
+    for make in (
+        addition,
+        subtraction,
+        multiplication,
+        division,
+        common_divisor,
+        power_modulo,
+        linear_equation,
+        countdown,
+    )
+)

@@ -16,7 +16,7 @@ from shoal.data.config import DataConfig
 from shoal.data.corpus import Corpus, Split, duplicates, prepare
 from shoal.data.tokenizer import ANSWER, ANSWER_END, ASSISTANT, THINK, THINK_END, USER, Tokenizer
 from shoal.errors import ConfigError, DataError, ResourceError
-from shoal.tasks.arithmetic import GENERATORS, worked
+from shoal.tasks.catalog import GENERATORS
 
 VOCAB = 290
 TURN = (USER, ASSISTANT, THINK, THINK_END, ANSWER, ANSWER_END)
@@ -117,7 +117,10 @@ def test_worked_items_keep_their_special_tokens_and_their_own_held_out_part(fold
     part = corpus.held_out("worked-arithmetic")
     tokenizer = corpus.tokenizer
     assert corpus.held_out(str(folder)).n_documents + part.n_documents == corpus.val.n_documents
-    texts = {f"<｜User｜>{p}<｜Assistant｜><think>{r}</think><answer>{a}</answer>" for p, r, a in worked(300)}
+    texts = {
+        f"<｜User｜>{p}<｜Assistant｜><think>{r}</think><answer>{a}</answer>"
+        for p, r, a in GENERATORS["worked-arithmetic"](300)
+    }
     for start, end in zip(part.doc_starts, part.doc_starts[1:]):
         ids = part.tokens[start:end].tolist()
         assert tokenizer.decode(ids[1:-1]) in texts

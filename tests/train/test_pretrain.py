@@ -13,7 +13,7 @@ from shoal.errors import ConfigError, ResourceError, TrainingError
 from shoal.model.presets import PRESETS
 from shoal.plan import flops
 from shoal.run import Run
-from shoal.tasks.arithmetic import GENERATORS
+from shoal.tasks.catalog import GENERATORS
 from shoal.train import pretrain as loop
 from shoal.train import step as steps
 from shoal.train.config import (
