@@ -71,7 +71,9 @@ def line(m: Mapping, score: float | None) -> str:
     parts = [f"step {m['step']:>5}/{m['total_steps']:<5}", f"loss {m['train/loss']:6.3f}"]
     if score is not None:
         parts.append(f"held-out {score:.3f} bits/byte")
-    parts += [f"{m['speed/tokens_per_second']:>6,.0f} tokens/s", f"mfu {m['speed/mfu']:3.0%}"]
+    parts.append(f"{m['speed/tokens_per_second']:>6,.0f} tokens/s")
+    if "speed/mfu" in m:
+        parts.append(f"mfu {m['speed/mfu']:3.0%}")
     if "moe/load_max_over_mean" in m:
         parts.append(f"load {m['moe/load_max_over_mean']:.2f}")
     left = int(m["time/eta"])

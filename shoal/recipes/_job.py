@@ -32,8 +32,9 @@ from shoal.report import page
 from shoal.run import Run, read_json, replace_text
 from shoal.train.balance import loads
 from shoal.train.config import PretrainConfig
+from shoal.train.loop import Economy, steps_left
 from shoal.train.loss import Score
-from shoal.train.pretrain import Economy, held_out_score, pretrain, steps_left, training_loader
+from shoal.train.pretrain import held_out_score, pretrain, training_loader
 from shoal.train.step import TrainState
 
 PROMPTS = ("def", "class", "import os\n\n\ndef read_lines(path):\n")

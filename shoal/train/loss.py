@@ -26,6 +26,7 @@ CHUNK_BYTES = 64 << 20  # of logits at a time
 UNPREDICTED = -100
 
 Runner = Callable[..., tuple[Tensor, Routes | None]]  # runs a layer on its arguments, recomputing it for example
+Main = Callable[[Batch, Tensor, Tensor, int], Tensor]  # (batch, h_TD, head's weight_VD, the step's targets) → loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -62,6 +63,11 @@ def linear_cross_entropy(h_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, sca
     return _LinearCrossEntropy.apply(h_TD, weight_VD, targets_T, scale)  # type: ignore[return-value]
 
 
+def next_token(batch: Batch, h_TD: Tensor, weight_VD: Tensor, n_targets: int) -> Tensor:
+    """The main loss of pretraining and fine-tuning: −log p of each target, a mean over the step's."""
+    return linear_cross_entropy(h_TD, weight_VD, batch.targets_T, 1 / n_targets)
+
+
 def further(targets_T: Tensor, positions_T: Tensor, k: int) -> Tensor:
     """Targets k further ahead: of the token at i + k, where that is still in i's segment."""
     ahead = torch.full_like(targets_T, UNPREDICTED)
@@ -89,14 +95,16 @@ def losses(
     balance_alpha: float,
     context: int,
     run: Runner | None = None,
+    main_loss: Main = next_token,
 ) -> Losses:
     """The loss of one micro-batch; it is a part of a step of `n_targets` targets.
 
     `balance_alpha` is for this part: α times its share of the step's tokens. `run` runs layers and modules (see body).
+    `main_loss` may be another than the next token's; the multi-token modules learn the batch's targets all the same.
     """
     embedded_TD = model.embed(batch.tokens_T)
     h_TD, routes = model.body(embedded_TD, batch.positions_T, attend, run)
-    main = linear_cross_entropy(h_TD, model.head.weight, batch.targets_T, 1 / n_targets)
+    main = main_loss(batch, h_TD, model.head.weight, n_targets)
     total, mtp = main, None
     if mtp_weight and len(model.mtp):
         parts, weight = [], mtp_weight / len(model.mtp)

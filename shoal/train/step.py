@@ -14,7 +14,7 @@ from shoal.model.moe import Routes
 from shoal.model.transformer import Transformer
 from shoal.train import balance, optim, schedule
 from shoal.train.config import PretrainConfig
-from shoal.train.loss import Losses, losses
+from shoal.train.loss import Losses, Main, losses, next_token
 from shoal.train.optim import Optimizer
 
 
@@ -87,13 +87,16 @@ class TrainState:
         return c.progress + (1 - c.progress) / max(1, c.total_steps - c.step)
 
 
-def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
-    """Forward and backward over the micro-batches of one step, then one update, unless something is wrong with it."""
+def train_step(state: TrainState, batches: Sequence[Batch], main_loss: Main = next_token) -> StepResult:
+    """Forward and backward over the micro-batches of one step, then one update, unless something is wrong with it.
+
+    A stage with another loss than the next token's hands it in; it is a mean over the targets of the whole step.
+    """
     n_targets = sum(int((b.targets_T >= 0).sum()) for b in batches)
     n_tokens = sum(len(b.tokens_T) for b in batches)
     parts, gradients = [], None
     for batch in batches:
-        parts.append(backward(state, batch, n_targets, n_tokens))
+        parts.append(backward(state, batch, n_targets, n_tokens, main_loss))
         if len(batches) > 1:
             gradients = summed(state.optimizer, gradients)
     gradients = gradients or state.optimizer.gradients()
@@ -115,13 +118,13 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     )
 
 
-def backward(state: TrainState, batch: Batch, n_targets: int, n_tokens: int) -> Losses:
+def backward(state: TrainState, batch: Batch, n_targets: int, n_tokens: int, main_loss: Main = next_token) -> Losses:
     """Gradients of one micro-batch, a part of a step of so many targets and tokens, onto the parameters."""
     c, model, batch = state.config, state.model, batch.to(state.device)
     weight = schedule.mtp_weight(c.loss, state.counters.progress)
     alpha = c.loss.balance_alpha * len(batch.tokens_T) / n_tokens
     run = recomputed if c.recompute else None
-    part = losses(model, batch, Packed(batch.lengths), n_targets, weight, alpha, c.batch.context, run)
+    part = losses(model, batch, Packed(batch.lengths), n_targets, weight, alpha, c.batch.context, run, main_loss)
     part.total.backward()
     return part
 

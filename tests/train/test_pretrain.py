@@ -14,7 +14,7 @@ from shoal.model.presets import PRESETS
 from shoal.plan import flops
 from shoal.run import Run
 from shoal.tasks.catalog import GENERATORS
-from shoal.train import pretrain as loop
+from shoal.train import loop
 from shoal.train import step as steps
 from shoal.train.config import (
     BatchConfig,
@@ -27,18 +27,8 @@ from shoal.train.config import (
     SafetyConfig,
     ScheduleConfig,
 )
-from shoal.train.pretrain import (
-    Clock,
-    Economy,
-    begin,
-    held_out_score,
-    prepare_weights,
-    pretrain,
-    replan,
-    score_due,
-    steps_left,
-    training_loader,
-)
+from shoal.train.loop import Clock, Economy, begin, replan, steps_left
+from shoal.train.pretrain import held_out_score, prepare_weights, pretrain, score_due, training_loader
 from shoal.train.schedule import learning_rate
 from shoal.train.step import Counters, TrainState, update_rate
 
