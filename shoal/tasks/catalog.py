@@ -11,10 +11,10 @@ from difflib import get_close_matches
 from functools import partial
 
 from shoal.errors import ConfigError
-from shoal.tasks import arithmetic
+from shoal.tasks import arithmetic, puzzles
 from shoal.tasks.task import Task, draw
 
-TASKS = {task.name: task for task in arithmetic.TASKS}
+TASKS = {task.name: task for task in (*arithmetic.TASKS, *puzzles.TASKS)}
 
 
 def resolve(names: str) -> tuple[Task, ...]:

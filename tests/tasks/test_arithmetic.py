@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from shoal.tasks.arithmetic import LEVELS, TASKS, makes_target
+from shoal.tasks.arithmetic import CHAIN_BOUND, LEVELS, TASKS
 from shoal.tasks.task import draw
 
 
@@ -12,44 +12,30 @@ def test_every_line_of_reasoning_is_true(task, level):
     for index in range(40):
         it = draw((task,), 7, index, "train", (level,))
         assert (it.task, it.level) == (task.name, level)
-        for claim in claims(it.reasoning):
-            left, right = claim
-            assert evaluate(left) == int(right), (it, claim)
+        claimed = claims(it.reasoning)
+        assert claimed, it
+        for left, right in claimed:
+            assert evaluate(left) == int(right), (it, left, right)
 
 
-def claims(reasoning: str):
-    """Each `expression = number` over whole numbers in the text."""
-    pattern = r"(-?\d+(?: (?:[+*/-]|mod) \d+)+) = (-?\d+)"
-    return re.findall(pattern, reasoning)
+def claims(reasoning: str) -> list[tuple[str, str]]:
+    """Each `expression=number` over whole numbers in the text."""
+    return re.findall(r"(?<![\dx])(-?\d+(?:[+*/%-]-?\d+)+)=(-?\d+)(?!\d)", reasoning)
 
 
 def evaluate(expression: str) -> int:
-    first, *rest = expression.split()
+    first, *rest = re.findall(r"(?<!\d)-?\d+|[+*/%-]", expression)
     value = int(first)
     for op, n in zip(rest[::2], map(int, rest[1::2])):
-        value = {"+": value + n, "-": value - n, "*": value * n, "/": n and value // n, "mod": n and value % n}[op]
+        value = {"+": value + n, "-": value - n, "*": value * n, "/": n and value // n, "%": n and value % n}[op]
     return value
 
 
-@pytest.mark.parametrize(
-    ("answer", "right"),
-    [
-        ("(8 - 3) * 7", True),
-        ("7*(8-3)", True),
-        ("7 * 8 - 7 * 3", False),  # 7 twice
-        ("35", False),
-        ("(8 - 3) * 7 * 1", False),
-        ("(8-3)**7", False),
-        ("9**9**9**9", False),
-        ("8 // 3 * 7", False),
-        ("8 / (3 - 3)", False),
-        ("(" * 50, False),
-        ("(8 - 3) * 7 " + " " * 100, False),
-        ("__import__('os')", False),
-        ("8(3)(7)", False),
-        ("(8 - 3) * 7,", False),
-        ("", False),
-    ],
-)
-def test_countdown_accepts_expressions_and_nothing_else(answer, right):
-    assert makes_target((3, 7, 8), 35, answer) is right
+@pytest.mark.parametrize("level", LEVELS)
+def test_running_totals_stay_in_bounds(level):
+    task = next(t for t in TASKS if t.name == "chain_sum")
+    for index in range(200):
+        it = draw((task,), 0, index, "train", (level,))
+        totals = [int(line.split("=")[1]) for line in it.reasoning.splitlines()]
+        assert all(0 <= total <= CHAIN_BOUND[level - 1] for total in totals)
+        assert str(totals[-1]) == it.answer
