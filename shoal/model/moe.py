@@ -11,6 +11,7 @@ business. Which rank an expert lives on is the dispatcher's: `Local` sorts token
 Shapes: T tokens, D model, E experts, K chosen, F hidden, M = T·K routed rows, sorted by expert.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,15 +43,37 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor) -> Routes:
-        c = self.config
-        logits_TE = F.linear(x_TD.float(), self.weight)
-        scores_TE = logits_TE.sigmoid() if c.scoring == "sigmoid" else logits_TE.softmax(-1)
+        c, scores_TE = self.config, self.scores(x_TD)
         choice_TE = within_best_groups(scores_TE.detach() + self.bias, c)
-        experts_TK = choice_TE.topk(c.n_activated, sorted=False).indices
+        return self.weighed(scores_TE, choice_TE.topk(c.n_activated, sorted=False).indices)
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        logits_TE = F.linear(x_TD.float(), self.weight)
+        return logits_TE.sigmoid() if self.config.scoring == "sigmoid" else logits_TE.softmax(-1)
+
+    def weighed(self, scores_TE: Tensor, experts_TK: Tensor) -> Routes:
         weights_TK = scores_TE.gather(-1, experts_TK)
-        if c.norm_topk_prob:
+        if self.config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return Routes(experts_TK, weights_TK * c.routed_scaling_factor, scores_TE)
+        return Routes(experts_TK, weights_TK * self.config.routed_scaling_factor, scores_TE)
+
+
+class Replayed(nn.Module):
+    """A router that takes the experts it is given, one call's after the other's, and weighs them by its own scores.
+
+    What an engine chose is so trained on, wherever the trainer's rounding would have chosen otherwise: `flips` counts
+    those tokens.
+    """
+
+    def __init__(self, router: Router, experts_TK: Sequence[Tensor]):
+        super().__init__()
+        self.router, self.left, self.flips = router, list(experts_TK), 0
+
+    def forward(self, x_TD: Tensor) -> Routes:
+        assert self.left, "more calls than routes"
+        own, experts_TK = self.router(x_TD), self.left.pop(0).long()
+        self.flips += int((own.experts_TK.sort().values != experts_TK.sort().values).any(-1).sum())
+        return self.router.weighed(own.scores_TE, experts_TK)
 
 
 def within_best_groups(choice_TE: Tensor, c: MoEConfig) -> Tensor:
@@ -94,7 +117,7 @@ class MoE(nn.Module):
         super().__init__()
         c = config.moe
         assert c is not None
-        self.router = Router(config.dim, c)
+        self.router: Router | Replayed = Router(config.dim, c)
         self.experts = Experts(c.n_routed_experts, config.dim, c.moe_dim)
         self.shared = SwiGLU(config.dim, c.n_shared_experts * c.moe_dim) if c.n_shared_experts else None
         self.dispatcher = Local()  # replaced from outside where experts live on other ranks

@@ -1,8 +1,9 @@
 """One training step, and the state it advances. Every stage's loop calls it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Counters:
     minutes: float | None = None  # of the budget that progress was reckoned with
     skips_in_a_row: int = 0
     mean_loss: float = 0.0  # running, of steps that were not skipped
+    stage: dict[str, Any] = field(default_factory=dict)  # what a stage's own loop must remember
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class TrainState:
 
     def saved_counters(self) -> dict:
         return asdict(self.counters)
+
+    def count_idle(self) -> None:
+        """A step that had nothing to learn from."""
+        self.counters.progress = self.next_progress
+        self.counters.step += 1
 
     @property
     def next_progress(self) -> float:

@@ -1,0 +1,215 @@
+"""The policy's side of reinforcement learning: graded answers to batches, log-probabilities with a gradient.
+
+    groups → advantages → batches (answers packed end to end, prompts are read, not predicted) → train_step
+
+`log_probs` takes log π of the tokens drawn without logits ever standing whole in memory; their gradient comes back a
+chunk at a time. Products are in fp32 going forward, so that log π agrees with the engine's, and in the weights' type
+going back.
+
+Shapes: T tokens of a batch, N completion tokens in it, S answers in it, D model, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.data.loader import UNPREDICTED, Batch
+from shoal.model.attend import Packed
+from shoal.model.moe import MoE, Replayed, Router
+from shoal.model.transformer import Transformer
+from shoal.ops import dispatch as ops
+from shoal.post import grpo
+from shoal.post.config import PolicyConfig
+from shoal.post.rollout import Sample
+from shoal.train.loss import chunks
+
+ROUND = 256  # batches are filled up to a multiple: kernels meet few shapes, balance is judged over so many tokens
+
+
+class Answer(NamedTuple):
+    """A graded sample. `weight` is what each of its tokens counts in the step's loss."""
+
+    prompt: tuple[int, ...]
+    sample: Sample
+    advantage: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of answers with what the loss needs of each token. `routes_TLK`: experts to take again."""
+
+    batch: Batch
+    lengths_S: Tensor  # completion tokens of each answer
+    engine_N: Tensor  # log-probabilities by the weights that drew them
+    fresh_N: Tensor  # bool: drawn by the weights as they are now
+    advantage_N: Tensor
+    weight_N: Tensor
+    routes_TLK: Tensor | None
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax(W h)[y] of each row, fp32."""
+
+    @staticmethod
+    def forward(ctx, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        ctx.save_for_backward(h_ND, weight_VD, targets_N)
+        out_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
+        wide_VD = weight_VD.float()
+        for rows in chunks(len(h_ND), weight_VD):
+            logits = h_ND[rows].float() @ wide_VD.t()
+            out_N[rows] = logits.gather(1, targets_N[rows, None])[:, 0] - logits.logsumexp(1)
+        return out_N
+
+    @staticmethod
+    def backward(ctx, grad_N: Tensor):
+        h_ND, weight_VD, targets_N = ctx.saved_tensors
+        dh_ND, dweight_VD = torch.empty_like(h_ND), torch.zeros_like(weight_VD)
+        for rows in chunks(len(h_ND), weight_VD):
+            logits = h_ND[rows] @ weight_VD.t()
+            ops.cross_entropy_(logits, targets_N[rows], 1.0)  # leaves softmax − one-hot
+            logits *= -grad_N[rows, None]
+            torch.mm(logits, weight_VD, out=dh_ND[rows])
+            dweight_VD.addmm_(logits.t(), h_ND[rows])
+        return dh_ND, dweight_VD, None
+
+
+def log_probs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """log π of `targets_N` by the head on hidden states: fp32 [N]."""
+    return _LogProbs.apply(h_ND, weight_VD, targets_N)  # type: ignore[return-value]
+
+
+def packed(answers: Sequence[Answer], version: int, most_tokens: int) -> Iterator[Rollout]:
+    """Answers in batches of at most `most_tokens`, in their order; a longer one has a batch of its own."""
+    part: list[Answer] = []
+    used = 0
+    for answer in answers:
+        n = len(answer.prompt) + len(answer.sample.tokens) - 1
+        if part and used + n > most_tokens:
+            yield batched(part, version)
+            part, used = [], 0
+        part.append(answer)
+        used += n
+    if part:
+        yield batched(part, version)
+
+
+def batched(answers: Sequence[Answer], version: int) -> Rollout:
+    tokens, targets, lengths = [], [], []
+    for a in answers:
+        whole = (*a.prompt, *a.sample.tokens)
+        tokens += whole[:-1]
+        targets += [UNPREDICTED] * (len(a.prompt) - 1) + a.sample.tokens
+        lengths.append(len(whole) - 1)
+    rest = -len(tokens) % ROUND
+    ends = np.cumsum(lengths)
+    positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
+    batch = Batch(
+        torch.tensor(tokens + [0] * rest),
+        torch.tensor(targets + [UNPREDICTED] * rest),
+        torch.from_numpy(np.concatenate([positions, np.arange(rest)])),
+        (*lengths, rest) if rest else tuple(lengths),
+        0,
+        tuple(a.sample.seed for a in answers),
+    )
+    n_S = torch.tensor([len(a.sample.tokens) for a in answers])
+    stamps = torch.tensor([v for a in answers for v in a.sample.versions])
+    return Rollout(
+        batch,
+        n_S,
+        torch.tensor([p for a in answers for p in a.sample.logprobs]),
+        stamps == version,
+        torch.tensor([a.advantage for a in answers]).repeat_interleave(n_S),
+        torch.tensor([a.weight for a in answers]).repeat_interleave(n_S),
+        _routes([a.sample for a in answers], rest),
+    )
+
+
+def _routes(samples: Sequence[Sample], rest: int) -> Tensor | None:
+    """None where any answer lacks them."""
+    found = [s.routes_TLK for s in samples if s.routes_TLK is not None]
+    if len(found) < len(samples):
+        return None
+    filler = found[0][:1].expand(rest, -1, -1)
+    return torch.cat([*found, filler])
+
+
+@torch.no_grad()
+def scored(model: Transformer, rollout: Rollout, replay: bool = False) -> Tensor:
+    """log π of a batch's completion tokens as the trainer sees them: fp32 [N]."""
+    b = rollout.batch
+    with replayed(model, [rollout] if replay else []):
+        h_TD, _ = model.body(model.embed(b.tokens_T), b.positions_T, Packed(b.lengths))
+    drawn_T = b.targets_T >= 0
+    return log_probs(h_TD[drawn_T], model.head.weight, b.targets_T[drawn_T])
+
+
+@contextmanager
+def replayed(model: Transformer, rollouts: Sequence[Rollout]) -> Iterator[list[Replayed]]:
+    """Routers of the layers take the engine's experts, one batch after the other; their own where those are unknown."""
+    if any(r.routes_TLK is None for r in rollouts) or not rollouts:
+        yield []
+        return
+    mixtures = [layer.ffn for layer in model.layers if isinstance(layer.ffn, MoE)]
+    routers = [moe.router for moe in mixtures if isinstance(moe.router, Router)]
+    routes = [[r.routes_TLK[:, i] for r in rollouts if r.routes_TLK is not None] for i in range(len(mixtures))]
+    stand_ins = [Replayed(router, its) for router, its in zip(routers, routes, strict=True)]
+    try:
+        for moe, stand_in in zip(mixtures, stand_ins):
+            moe.router = stand_in
+        yield stand_ins
+    finally:
+        for moe, router in zip(mixtures, routers):
+            moe.router = router
+
+
+class Objective:
+    """The main loss of `train_step` for these batches, and what it found on the way.
+
+    `old` are the log-probabilities of the weights that a step begins with, `references` those of the reference; None
+    where there was no update since, or no reference.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        rollouts: Sequence[Rollout],
+        old: Sequence[Tensor | None],
+        references: Sequence[Tensor | None],
+    ):
+        self.config = config
+        self.known = {r.batch.ids: (r, o, ref) for r, o, ref in zip(rollouts, old, references, strict=True)}
+        self.found: list[tuple[grpo.Surrogate, Tensor, Rollout]] = []
+        self.flips = 0  # tokens whose experts the trainer would have chosen otherwise, over layers
+
+    def __call__(self, batch: Batch, h_TD: Tensor, weight_VD: Tensor, n_targets: int) -> Tensor:
+        c = self.config
+        rollout, old_N, reference_N = self.known[batch.ids]
+        drawn_T = batch.targets_T >= 0
+        logp_N = log_probs(h_TD[drawn_T], weight_VD, batch.targets_T[drawn_T])
+        now_N = logp_N.detach()
+        result = grpo.surrogate(
+            grpo.VARIANTS[c.variant], logp_N, now_N if old_N is None else old_N, rollout.engine_N,
+            rollout.advantage_N, rollout.weight_N, rollout.lengths_S, c.importance, reference_N, c.kl_weight,
+        )  # fmt: skip
+        self.found.append((result, now_N, rollout))
+        return result.loss
+
+    def gap(self) -> grpo.Gap | None:
+        """On tokens that the weights as they were before this update drew; None where there are none."""
+        pairs = [(now_N[r.fresh_N], r.engine_N[r.fresh_N]) for _, now_N, r in self.found]
+        trainer_N, engine_N = (torch.cat(column) for column in zip(*pairs))
+        return grpo.Gap.between(trainer_N, engine_N) if len(trainer_N) else None
+
+    def ratios(self) -> dict[int, list[float]]:
+        """π / π_engine of each answer's tokens, by the answer's seed."""
+        found = {}
+        for _, now_N, r in self.found:
+            parts = (now_N - r.engine_N).exp().split(r.lengths_S.tolist())
+            found |= {seed: part.tolist() for seed, part in zip(r.batch.ids, parts, strict=True)}
+        return found

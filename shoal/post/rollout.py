@@ -1,0 +1,143 @@
+"""Answers for reinforcement learning, drawn by the engine that also serves, on the trainer's own weights.
+
+    prompts (a pure function of seed and index, or of the curriculum) → groups of streams → the engine → graded groups
+
+Every token is stamped with the version of the weights that drew it. With `slice`, a step draws at most so many tokens
+of an answer; those that aren't finished wait in the buffer and are gone on with by the next weights (partial rollouts).
+A group is handed out when all of its answers are finished, whole, once, in the order in which groups were begun.
+
+All of it follows from seed, index and weights: a draw depends on its stream's seed and position alone, so a resumed run
+draws what the uninterrupted one drew. `state` holds all there is to remember.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from shoal.data.chat import question
+from shoal.data.draws import mix
+from shoal.data.tokenizer import ANSWER_END, BOS, Tokenizer
+from shoal.engine.engine import LocalEngine
+from shoal.engine.gather import silent
+from shoal.engine.request import Request, Sampling
+from shoal.errors import TrainingError
+from shoal.post.config import RolloutConfig
+from shoal.tasks.task import Item, Outcome
+
+
+@dataclass
+class Sample:
+    """One answer under way or finished. `logprobs` are the engine's; `versions` say which weights drew each token."""
+
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    finish: str | None = None  # "stop", or "length" at the most tokens an answer may have
+    routes_TLK: Tensor | None = None  # experts of every token fed, where they are replayed
+    outcome: Outcome | None = None
+    reward: float = 0.0
+
+
+@dataclass
+class Group:
+    """All answers to one prompt. `index` is the prompt's number in the run."""
+
+    index: int
+    item: Item
+    prompt: tuple[int, ...]
+    samples: list[Sample]
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.finish for sample in self.samples)
+
+
+class Rollouts:
+    """`draw(index)` makes the item of a prompt's number; it must be a pure function for a run to be resumable."""
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        seed: int,
+        draw: Callable[[int], Item],
+        routes: bool = False,
+    ):
+        self.engine, self.tokenizer, self.config, self.seed, self.draw = engine, tokenizer, config, seed, draw
+        self.routes = routes
+        self.next_index = 0
+        self.version = 0
+        self.pending: list[Group] = []
+        ends = (tokenizer.id(ANSWER_END), tokenizer.eos_id)
+        self.stops = frozenset(t for t in ends if t is not None)
+
+    def synchronise(self, version: int) -> None:
+        """The weights have changed; what the engine computed before must not count."""
+        self.version = version
+        self.engine.forget()
+
+    def collect(self, n: int) -> list[Group]:
+        """`n` finished groups. Begins as many as are missing, draws, and keeps what isn't finished for later."""
+        done: list[Group] = []
+        while len(done) < n:
+            missing = n - len(done) - len(self.pending)
+            self.pending += [self._begun() for _ in range(missing)]
+            self._draw([s for group in self.pending for s in group.samples if not s.finish])
+            finished = [group for group in self.pending if group.finished]
+            done += finished[: n - len(done)]
+            taken = {id(group) for group in done}
+            self.pending = [group for group in self.pending if id(group) not in taken]
+        return done
+
+    def _begun(self) -> Group:
+        index = self.next_index
+        self.next_index += 1
+        item = self.draw(index)
+        samples = [Sample(mix(self.seed, index, number)) for number in range(self.config.group)]
+        return Group(index, item, self.prompt_of(item), samples)
+
+    def prompt_of(self, item: Item) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode_pieces((BOS, *question(item.prompt))))
+
+    def _draw(self, samples: Sequence[Sample]) -> None:
+        prompts = {id(s): group.prompt for group in self.pending for s in group.samples}
+        requests = [self._request(prompts[id(s)], s) for s in samples]
+        for sample, result in zip(samples, self.engine.generate(requests), strict=True):
+            if result.finish == "error":
+                got = f"the engine failed on a rollout: {result.error}"
+                raise TrainingError(got, "finite weights and a running engine", "look at the log, then --resume")
+            for token in result.tokens:
+                assert token.logprob is not None
+                sample.tokens.append(token.id)
+                sample.logprobs.append(token.logprob)
+                sample.versions.append(self.version)
+            if result.finish == "stop" or len(sample.tokens) >= self.config.max_tokens:
+                sample.finish = "stop" if result.finish == "stop" else "length"
+
+    def _request(self, prompt: tuple[int, ...], s: Sample) -> Request:
+        left = self.config.max_tokens - len(s.tokens)
+        most = min(left, self.config.slice or left)
+        return Request((*prompt, *s.tokens), most, silent, Sampling(seed=s.seed, logprobs=0), self.stops)
+
+    def completion(self, s: Sample) -> str:
+        return self.tokenizer.decode(s.tokens, skip_special=True)
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers: where the prompts stand, and every answer under way."""
+        pending = [
+            {"index": g.index, "task": g.item.task, "level": g.item.level, "samples": [asdict(s) for s in g.samples]}
+            for g in self.pending
+        ]
+        return {"next_index": self.next_index, "version": self.version, "pending": pending}
+
+    def load(self, state: dict[str, Any], item: Callable[[int, str, int], Item]) -> None:
+        """`item(index, task, level)` makes the items of groups under way, as they were drawn."""
+        self.next_index, self.version = state["next_index"], state["version"]
+        self.pending = []
+        for g in state["pending"]:
+            its = item(g["index"], g["task"], g["level"])
+            self.pending.append(Group(g["index"], its, self.prompt_of(its), [Sample(**s) for s in g["samples"]]))
