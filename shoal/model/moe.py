@@ -117,7 +117,7 @@ class MoE(nn.Module):
         super().__init__()
         c = config.moe
         assert c is not None
-        self.router: Router | Replayed = Router(config.dim, c)
+        self.router = Router(config.dim, c)
         self.experts = Experts(c.n_routed_experts, config.dim, c.moe_dim)
         self.shared = SwiGLU(config.dim, c.n_shared_experts * c.moe_dim) if c.n_shared_experts else None
         self.dispatcher = Local()  # replaced from outside where experts live on other ranks

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoal.data.loader import UNPREDICTED, Batch
 from shoal.model.attend import Packed
-from shoal.model.moe import MoE, Replayed, Router
+from shoal.model.moe import MoE, Replayed
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 from shoal.post import grpo
@@ -156,16 +156,16 @@ def replayed(model: Transformer, rollouts: Sequence[Rollout]) -> Iterator[list[R
         yield []
         return
     mixtures = [layer.ffn for layer in model.layers if isinstance(layer.ffn, MoE)]
-    routers = [moe.router for moe in mixtures if isinstance(moe.router, Router)]
+    routers = [moe.router for moe in mixtures]
     routes = [[r.routes_TLK[:, i] for r in rollouts if r.routes_TLK is not None] for i in range(len(mixtures))]
     stand_ins = [Replayed(router, its) for router, its in zip(routers, routes, strict=True)]
     try:
         for moe, stand_in in zip(mixtures, stand_ins):
-            moe.router = stand_in
+            moe.register_module("router", stand_in)
         yield stand_ins
     finally:
         for moe, router in zip(mixtures, routers):
-            moe.router = router
+            moe.register_module("router", router)
 
 
 class Objective:
