@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from shoal.cli import asked as verb
 from shoal.cli import doctor, main, runs
-from shoal.cli import pretrain as verb
 from shoal.errors import ConfigError, ResourceError, RunError
 from shoal.run import Run
+from shoal.train.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "tyro", "rich", "numpy", "transformers", "matplotlib"}
@@ -102,12 +103,19 @@ def test_one_budget_takes_the_place_of_the_other():
     assert verb.parse(["mini", "--minutes", "3"]).flags == ["--minutes", "3", "--steps=none"]
     assert verb.parse(["mini", "--steps=3"]).flags == ["--steps=3", "--minutes=none"]
     assert verb.parse(["mini", "--steps=3", "--minutes", "1"]).flags == ["--steps=3", "--minutes", "1"]
+    three = verb.parse(["sft", "--minutes", "3"], ("epochs", "minutes", "steps")).flags
+    assert three == ["--minutes", "3", "--epochs=none", "--steps=none"]
 
 
 def test_an_unknown_recipe_names_the_nearest(monkeypatch):
-    monkeypatch.setattr(verb, "recipe_names", lambda: ["quickstart", "traditional"])
+    monkeypatch.setattr(verb, "recipe_names", lambda kind: ["quickstart", "traditional"])
     with pytest.raises(ConfigError, match="did you mean quickstart"):
-        verb.recipe("quikstart")
+        verb.recipe("quikstart", Config)
+
+
+def test_verbs_know_their_own_recipes():
+    assert {"quickstart", "tiny", "traditional"} <= set(verb.recipe_names(PretrainConfig))
+    assert verb.recipe_names(Config) == []
 
 
 @pytest.fixture
@@ -146,19 +154,17 @@ def test_show_and_unknown_runs(two_runs, capsys):
         runs.main(["show", "frist"])
 
 
-def test_a_resumed_run_keeps_its_settings(two_runs, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shoal.train.config", type(sys)("shoal.train.config"))
-    monkeypatch.setattr(sys.modules["shoal.train.config"], "PretrainConfig", Config, raising=False)
+def test_a_resumed_run_keeps_its_settings(two_runs):
     first, second = two_runs
-    assert verb.resumed(verb.parse(["mini", "--resume"])).id == second.id
-    assert verb.resumed(verb.parse(["--resume", "first"])).id == first.id
+    assert verb.resumed(verb.parse(["mini", "--resume"]), Config).id == second.id
+    assert verb.resumed(verb.parse(["--resume", "first"]), Config).id == first.id
     with pytest.raises(RunError, match="no run of other"):
-        verb.resumed(verb.parse(["other", "--resume"]))
-    config, origins = verb.reconfigured(first, verb.parse("--resume --minutes 3 --eval.every 5".split()))
+        verb.resumed(verb.parse(["other", "--resume"]), Config)
+    config, origins = verb.reconfigured(first, verb.parse("--resume --minutes 3 --eval.every 5".split()), Config)
     assert config == Config(0.1, 3.0, None, Eval(5))
     assert origins == {"lr": "flag", "minutes": "flag", "steps": "flag", "eval.every": "flag"}
     with pytest.raises(ConfigError, match="lr differ from what first was started with"):
-        verb.reconfigured(first, verb.parse("--resume --lr 1".split()))
+        verb.reconfigured(first, verb.parse("--resume --lr 1".split()), Config)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from shoal.recipes._teller import Teller
 from shoal.recipes.quickstart import LADDER
 from shoal.run import Run, find
 from shoal.runtime import Runtime
+from shoal.train.config import PretrainConfig
 
 MACHINE = hardware.cpu("two threads", 8e11, 2e11, 2e10, 8 << 30, threads=2)
 NO_CORPUS: Any = None
@@ -44,7 +45,7 @@ def two_cores(monkeypatch):
 
 
 def sized(teller: Teller, *flags: str):
-    config, origins = verb.configured(verb.parse(["quickstart", *flags]))
+    config, origins = verb.configured(verb.parse(["quickstart", *flags]), PretrainConfig)
     return _plan.sized(config, origins, HERE, teller)
 
 
@@ -75,7 +76,7 @@ def test_a_ladder_climbs():
 
 
 def test_scores_on_the_way_take_a_tenth_of_the_minutes_unless_asked_for(two_cores, teller):
-    config, origins = verb.configured(verb.parse(["quickstart", "--minutes", "0.5"]))
+    config, origins = verb.configured(verb.parse(["quickstart", "--minutes", "0.5"]), PretrainConfig)
     measured = _plan.timed_step(config, NO_CORPUS, "cpu")
     fitted = _plan.affordable_scores(config, measured, origins)
     taken = (fitted.eval.times - 1) * _plan.score_seconds(fitted, measured)
@@ -87,7 +88,7 @@ def test_scores_on_the_way_take_a_tenth_of_the_minutes_unless_asked_for(two_core
 
 
 def test_minutes_for_fewer_than_five_steps_are_refused(two_cores, teller):
-    config, origins = verb.configured(verb.parse(["quickstart", "--minutes", "0.03"]))
+    config, origins = verb.configured(verb.parse(["quickstart", "--minutes", "0.03"]), PretrainConfig)
     measured = _plan.timed_step(config, NO_CORPUS, "cpu")
     with pytest.raises(ResourceError, match="at least 5 steps"):
         _plan.plan_of(_plan.affordable_scores(config, measured, origins), measured, HERE, teller)
@@ -96,7 +97,7 @@ def test_minutes_for_fewer_than_five_steps_are_refused(two_cores, teller):
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Run:
     monkeypatch.chdir(tmp_path)
-    config, origins = verb.configured(verb.parse(["tiny"]))
+    config, origins = verb.configured(verb.parse(["tiny"]), PretrainConfig)
     return Run.create("tiny", "else where/mine", config, origins, ["shoal"])
 
 
@@ -125,7 +126,7 @@ def test_a_resume_holds_the_lock_from_its_first_look_at_the_settings(run, monkey
         held.append(1)
         return config
 
-    config = verb.reconfigured(run, verb.Asked())
+    config = verb.reconfigured(run, verb.Asked(), PretrainConfig)
     monkeypatch.setattr(verb, "reconfigured", busy)
     monkeypatch.setattr(_job, "run_job", lambda *args, **more: (busy(), 0)[1])
     assert verb.launch(verb.parse(["--resume", str(run.path)]), []) == 0 and len(held) == 2
@@ -133,7 +134,7 @@ def test_a_resume_holds_the_lock_from_its_first_look_at_the_settings(run, monkey
 
 def test_a_resumed_run_keeps_its_plan(run, teller):
     (run.path / "plan.json").write_text('{"steps": 7}')
-    config = verb.reconfigured(run, verb.Asked())[0]
+    config = verb.reconfigured(run, verb.Asked(), PretrainConfig)[0]
     assert _job.planned(config, run, NO_CORPUS, HERE, True, teller) == (config, {"steps": 7})
 
 
