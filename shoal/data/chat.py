@@ -243,6 +243,30 @@ class Chat:
         pieces = self.template.render([as_dict(m) for m in messages], tools, ending, thinking)
         return self.tokenizer.encode_pieces(pieces)
 
+    def taught(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> tuple[list[int], list[int]]:
+        """What the model is given before the last message, an assistant's, and what it should then say: reasoning,
+        answer, end marks. Without reasoning, the model is given what asks for none. Raises RequestError.
+        """
+        *before, last = messages
+        assert last.role == "assistant" and not last.prefix, last
+        given = self.prompt(before, tools, bool(last.reasoning))
+        if self.ours:
+            turn = assistant_turn(last, last.reasoning)
+            return given, self.tokenizer.encode_pieces(joined(turn[2 if last.reasoning else 5 :]))
+        return given, self.tokenizer.encode_pieces(joined(self._foreign_turn(last, self.marks.thinking_after(given))))
+
+    def _foreign_turn(self, last: Message, thinking: bool | None) -> list[str]:
+        """A turn by R1's habit, for a prompt that leaves off `thinking` or not, ended by the vocabulary's EOS."""
+        eos = self.tokenizer.name(self.tokenizer.eos_id)
+        if last.calls or eos is None or (last.reasoning and self.marks.think is None):
+            got = "calls" if last.calls else "an end of a turn" if eos is None else "reasoning"
+            got = f"{got} to learn, for a chat template and a vocabulary that don't say how it is written"
+            raise RequestError(got, "a model in our own chat form", "leave it out, or add the tokens", "messages")
+        if not last.reasoning and not thinking:
+            return [last.content, Special(eos)]
+        opening = [] if thinking else [THINK, "\n"]
+        return [*opening, last.reasoning, "\n", THINK_END, "\n\n", last.content, Special(eos)]
+
     def completion(self, text: str, suffix: str | None = None) -> list[int]:
         """Tokens of a plain text, or of one with a hole before `suffix`. Raises RequestError."""
         t = self.tokenizer

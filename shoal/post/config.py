@@ -1,17 +1,20 @@
-"""What a stage of reinforcement learning is asked to do. Torch-free; recipes fill it, flags and files override it."""
+"""What fine-tuning and distillation are asked to do. Torch-free; recipes fill it, flags and files override it."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 from shoal.errors import ConfigError
-from shoal.post.rewards import RewardConfig
+from shoal.model.config import ModelConfig
 from shoal.train.config import (
     AT_LEAST_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    SHARE,
+    BatchConfig,
     CheckpointConfig,
+    LossConfig,
     OptimConfig,
+    PretrainConfig,
     SafetyConfig,
     ScheduleConfig,
     require,
@@ -19,74 +22,122 @@ from shoal.train.config import (
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """A step sees `prompts` prompts with `group` answers each, of at most `max_tokens`, drawn at temperature 1.
+class TuningConfig:
+    """How a model goes on learning. One of `epochs`, `steps` and `minutes` says how long.
 
-    `slice` bounds how many tokens of an answer one step draws; longer ones are carried over and finished by the next
-    weights, each token stamped with the version that drew it. None: answers are finished in their step.
+    `batch.context` is the longest sample in tokens; a batch of context · samples tokens is filled with whole samples.
     """
 
-    prompts: int = 32
-    group: int = 16
-    max_tokens: int = 128
-    slice: int | None = None
-    refills: int = 2  # rounds of further prompts where a variant replaces groups that teach nothing
-
-    def __post_init__(self):
-        require(self, "rollout.", prompts=AT_LEAST_ONE, max_tokens=AT_LEAST_ONE, slice=AT_LEAST_ONE)
-        require(self, "rollout.", refills=NOT_NEGATIVE)
-        if self.group < 2:
-            got = f"rollout.group = {self.group}"
-            raise ConfigError(got, "2 or more: an answer is judged beside others", "set --rollout.group 16")
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """`minibatches` are updates a step; `kl_weight` β draws to a reference, renewed every `reference_steps` steps.
-
-    `importance` truncates the engine-to-trainer weight. `most_gap` is the mean |Δ log p| between the two at which
-    training stops: they don't hold the same weights then.
-    """
-
-    variant: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "dapo"
-    minibatches: int = 1
-    kl_weight: float = 0.0
-    reference_steps: int = 400
-    importance: float = 2.0
-    replay_routes: bool = True
-    mtp_weight: float = 0.1
-    balance_alpha: float = 1e-4
-    bias_speed: float = 1e-3
-    micro_tokens: int = 4096  # tokens that go through the model at once
-    most_gap: float = 0.05
-
-    def __post_init__(self):
-        require(self, "policy.", minibatches=AT_LEAST_ONE, reference_steps=AT_LEAST_ONE, micro_tokens=AT_LEAST_ONE)
-        require(self, "policy.", kl_weight=NOT_NEGATIVE, mtp_weight=NOT_NEGATIVE, balance_alpha=NOT_NEGATIVE)
-        require(self, "policy.", bias_speed=NOT_NEGATIVE, importance=POSITIVE, most_gap=POSITIVE)
-
-
-@dataclass(frozen=True)
-class RLConfig:
-    tasks: tuple[str, ...] = ("chain_sum", "countdown")
-    levels: tuple[int, ...] | None = None  # None: all a task has
-    curriculum: bool = True  # prefer levels that are sometimes right
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    rewards: RewardConfig = field(default_factory=RewardConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    optim: OptimConfig = field(default_factory=partial(OptimConfig, matrices="adamw", lr=1e-4, weight_decay=0.0))
-    schedule: ScheduleConfig = field(default_factory=partial(ScheduleConfig, warmup=0.02, decay=0.3))
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(matrices="adamw", lr=1e-4, weight_decay=0.0))
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig("cosine", warmup=0.03, final=0.1))
+    loss: LossConfig = field(default_factory=lambda: LossConfig(mtp_weight=0.1))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
+    epochs: float | None = 2.0
     steps: int | None = None
-    minutes: float | None = 10.0
+    minutes: float | None = None
     dtype: Literal["bf16", "fp32"] = "bf16"
     recompute: bool = False
     threads: int | None = None
     seed: int = 0
 
     def __post_init__(self):
-        if (self.steps is None) == (self.minutes is None):
-            got = f"steps {self.steps} and minutes {self.minutes}"
-            raise ConfigError(got, "one of the two", "give --steps N or --minutes M, and the other as none")
-        require(self, "", steps=AT_LEAST_ONE, minutes=POSITIVE, threads=AT_LEAST_ONE)
+        given = [name for name in ("epochs", "steps", "minutes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(f"{name} {getattr(self, name):g}" for name in given) or "none of epochs, steps, minutes"
+            raise ConfigError(got, "one of the three", "give --epochs E, --steps N or --minutes M, the others as none")
+        require(self, "", epochs=POSITIVE, steps=AT_LEAST_ONE, minutes=POSITIVE, threads=AT_LEAST_ONE)
+
+    def training(self, model: ModelConfig, steps: int | None) -> PretrainConfig:
+        """The same for a `TrainState` of this model; `steps` None goes by minutes."""
+        return PretrainConfig(
+            model, batch=self.batch, optim=self.optim, schedule=self.schedule, loss=self.loss, safety=self.safety,
+            checkpoint=self.checkpoint, steps=steps, minutes=self.minutes if steps is None else None,
+            dtype=self.dtype, recompute=self.recompute, threads=self.threads, seed=self.seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SftConfig(TuningConfig):
+    """`model` is what to start from, `data` what to learn: a JSONL file, or `tasks:chain_sum,countdown:2000`."""
+
+    model: str = ""
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a teacher is asked. All of it is part of an answer's identity: another temperature is another answer."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 1024
+
+    def __post_init__(self):
+        require(self, "sampling.", temperature=NOT_NEGATIVE, top_p=SHARE, max_tokens=AT_LEAST_ONE)
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """Where the teacher is a URL. `model` is its name there, `key_env` the environment's variable with the API key.
+
+    `instruction` goes before prompts whose answer is graded. Prices are dollars for a million tokens.
+    """
+
+    model: str = ""
+    key_env: str = ""
+    instruction: str = "Put the final answer, and nothing else, between <answer> and </answer>."
+    concurrency: int = 8
+    timeout_seconds: float = 600.0
+    tries: int = 5
+    usd_in: float = 0.0
+    usd_out: float = 0.0
+
+    def __post_init__(self):
+        require(self, "endpoint.", concurrency=AT_LEAST_ONE, tries=AT_LEAST_ONE, timeout_seconds=POSITIVE)
+        require(self, "endpoint.", usd_in=NOT_NEGATIVE, usd_out=NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class KeepConfig:
+    """Which right answers are worth learning. `language` is a script that `language_share` of the letters must be in;
+    a line may come `repeats` times; `characters` bounds reasoning and answer together.
+    """
+
+    per_prompt: int = 4
+    repeats: int = 8
+    characters: int = 200_000
+    language: Literal["any", "english", "korean", "chinese"] = "any"
+    language_share: float = 0.9
+
+    def __post_init__(self):
+        require(self, "keep.", per_prompt=AT_LEAST_ONE, repeats=AT_LEAST_ONE, characters=AT_LEAST_ONE)
+        require(self, "keep.", language_share=SHARE)
+
+
+@dataclass(frozen=True)
+class DistillConfig(TuningConfig):
+    """`teacher` is a model or a URL, `student` a model or a preset, `prompts` a JSONL file or tasks with a count.
+
+    `answers` names a file to keep the teacher's answers in; without it they lie in the run. `on_policy`: the student
+    writes, the teacher judges every token. `group` prompts a step then, `samples` answers each.
+    """
+
+    teacher: str = ""
+    student: str = ""
+    prompts: str = ""
+    answers: str = ""
+    samples: int = 4
+    on_policy: bool = False
+    group: int = 8
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "", samples=AT_LEAST_ONE, group=AT_LEAST_ONE)
+        if self.on_policy and self.epochs is not None:
+            fix = "give --steps N or --minutes M"
+            raise ConfigError(f"epochs {self.epochs:g} of samples that are drawn as it goes", "steps or minutes", fix)

@@ -24,7 +24,7 @@ from shoal.model.moe import MoE, Replayed
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 from shoal.post import grpo
-from shoal.post.config import PolicyConfig
+from shoal.post.rl_config import PolicyConfig
 from shoal.post.rollout import Sample
 from shoal.train.loss import chunks
 

@@ -24,7 +24,7 @@ from shoal.engine.pages import UNIT, units
 from shoal.errors import ConfigError, TrainingError
 from shoal.model.transformer import Transformer
 from shoal.post import grpo, policy
-from shoal.post.config import RLConfig
+from shoal.post.rl_config import RLConfig
 from shoal.post.policy import Answer, Objective, Rollout
 from shoal.post.rewards import reward, well_formed
 from shoal.post.rollout import Group, Rollouts

@@ -23,7 +23,7 @@ from shoal.engine.engine import LocalEngine
 from shoal.engine.gather import silent
 from shoal.engine.request import Request, Sampling
 from shoal.errors import TrainingError
-from shoal.post.config import RolloutConfig
+from shoal.post.rl_config import RolloutConfig
 from shoal.tasks.task import Item, Outcome
 
 
