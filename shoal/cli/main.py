@@ -14,6 +14,7 @@ VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first 
     "doctor": ("doctor", "hardware, threads, memory, disk; what is missing and how to get it"),
     "quickstart": ("quickstart", "train, sample and report a model that fits this machine and your minutes"),
     "pretrain": ("pretrain", "train a recipe; --resume continues one bit for bit"),
+    "sft": ("sft", "fine-tune a model on conversations"),
     "chat": ("chat", "talk with a model in the terminal"),
     "generate": ("generate", "continue a prompt with a model"),
     "score": ("score", "log-probabilities and bits per byte of a text"),

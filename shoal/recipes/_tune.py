@@ -1,0 +1,72 @@
+"""A tuning job from end to end: where it runs, what it learns from, how it ended. `shoal sft` and `distill` read flags.
+
+The caller has opened the model and holds the run's lock.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+from shoal.data.tokenizer import Tokenizer
+from shoal.model.transformer import Transformer
+from shoal.ops import dispatch as ops
+from shoal.post.config import TuningConfig
+from shoal.post.packing import Samples
+from shoal.post.sft import sft
+from shoal.recipes._job import typed
+from shoal.recipes._teller import Teller
+from shoal.run import Run
+from shoal.train.loop import steps_left
+from shoal.train.step import TrainState
+
+
+def teach(
+    config: TuningConfig,
+    run: Run,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    samples: Samples,
+    teller: Teller,
+    resume: bool = False,
+) -> int:
+    """Fine-tune. 0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
+    return follow(
+        run, teller, resume, lambda: sft(config, run, model, tokenizer, samples, resume, teller.show, teller.say)
+    )
+
+
+def follow(run: Run, teller: Teller, resume: bool, train: Callable[[], TrainState]) -> int:
+    """Keep the run's status while `train` works, and say what is next."""
+    note_place(run, resume, teller)
+    with failures_noted(run):
+        run.status(state="training")
+        state = train()
+    step, seconds = state.counters.step, state.counters.seconds
+    if steps_left(state):
+        run.status(state="stopped", step=step)
+        teller.say(f"stopped at step {step}; continue with the same verb and --resume {typed(run)}")
+        return 130
+    run.status(state="done", step=step)
+    teller.say(f"result   {step} steps in {seconds / 60:.1f} minutes; the model is in {typed(run)}")
+    teller.say(f"next     shoal chat {typed(run)}")
+    return 0
+
+
+@contextmanager
+def failures_noted(run: Run):
+    try:
+        yield
+    except BaseException as error:
+        run.status(state="failed", error=str(error) or type(error).__name__)
+        raise
+
+
+def note_place(run: Run, resume: bool, teller: Teller) -> None:
+    """Into env.json; a resumed run is told where it is not as it began, for then it is not bit-equal any more."""
+    now = {"threads": torch.get_num_threads(), "kernels": ops.describe()}
+    began = run.env()
+    for name, value in now.items():
+        if resume and began.get(name, value) != value:
+            teller.say(f"warning  this run began with {name} {began[name]!r} and goes on with {value!r}: not bit-equal")
+    run.write_env(**{name: value for name, value in now.items() if name not in began})
