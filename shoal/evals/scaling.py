@@ -11,8 +11,9 @@ At a tie the answer that came first wins (`majority`), and since attempts come i
 each of the tied ones its equal share. An attempt without an answer counts among the k and has no vote.
 
 Attempts at one item resemble each other: an interval that took them for independent would be too narrow. So it is
-Wilson's for one attempt an item, and otherwise a bootstrap over items; where every item has the same rate, resampling
-shows no spread, and it is Wilson's with as many trials as items.
+Wilson's for one attempt an item, and otherwise a bootstrap over items, never narrower than Wilson's for independent
+attempts (few rare successes look too sure to a bootstrap). Where every item has the same rate, resampling shows no
+spread, and it is Wilson's with as many trials as items.
 """
 
 from collections import Counter
@@ -95,8 +96,11 @@ def bootstrap(rates: Sequence[float], seed: int = 0, resamples: int = RESAMPLES)
 
 def interval(rates: Sequence[float], attempts: int) -> tuple[float, float]:
     """95% of the mean of the items' rates, each found by so many attempts."""
-    clustered = attempts > 1 and len(set(rates)) > 1
-    return bootstrap(rates) if clustered else wilson(sum(rates), len(rates))
+    n = len(rates)
+    if attempts == 1 or len(set(rates)) == 1:
+        return wilson(sum(rates), n)
+    (low, high), (least, most) = bootstrap(rates), wilson(sum(rates) * attempts, n * attempts)
+    return min(low, least), max(high, most)
 
 
 def powers(most: int) -> list[int]:

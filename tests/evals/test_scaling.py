@@ -80,6 +80,7 @@ def test_attempts_at_one_item_are_not_taken_for_independent():
     one_low, one_high = scaling.wilson(20, 40)
     assert high - low == pytest.approx(one_high - one_low, rel=0.15)
     assert scaling.interval([0.0] * 40, 16) == scaling.wilson(0, 40)
+    assert scaling.interval([1 / 16] + [0.0] * 39, 16)[1] == scaling.wilson(1, 640)[1]
 
 
 def tried(text: str) -> list[tuple[str | None, str, int]]:
