@@ -24,9 +24,9 @@ from shoal.engine.pages import UNIT, units
 from shoal.errors import ConfigError, TrainingError
 from shoal.model.transformer import Transformer
 from shoal.post import grpo, policy
-from shoal.post.rl_config import RLConfig
 from shoal.post.policy import Answer, Objective, Rollout
 from shoal.post.rewards import reward, well_formed
+from shoal.post.rl_config import RLConfig
 from shoal.post.rollout import Group, Rollouts
 from shoal.run import Run
 from shoal.tasks.curriculum import Curriculum
