@@ -97,7 +97,8 @@ class LocalEngine:
         if disk:
             _page_fits(disk.max_bytes, self.bytes_per_token * UNIT, "the cache on disk")
             disk.depends_on(n_layers, *_facts(model, self._runner, deterministic))
-        self._make_scheduler = lambda: Scheduler(Pages(n_pages), max_batch_tokens, depth, on_disk)
+        ahead = max(depth, self._runner.most_steps - 1)
+        self._make_scheduler = lambda: Scheduler(Pages(n_pages), max_batch_tokens, ahead, on_disk)
         self._scheduler = self._make_scheduler()
         self._live: dict[Request, Stream] = {}
         self._inbox: list[Stream] = []
@@ -313,18 +314,12 @@ class LocalEngine:
     def _compute(self, work: list[Work]) -> list[Gain]:
         """One step of the model or a stretch of them, and what each stream got from it."""
         start, only_decoding = perf_counter(), all(w.stream.decoding for w in work)
-        steps, tokens = self._foreseen(work), []
-        if steps > 1:
-            hidden_TD, tokens = self._runner.greedy(work, steps)
-            steps = len(tokens[0])
-        if tokens and steps:
-            gains = [self._advance(w, [Token(t) for t in its], certain=True) for w, its in zip(work, tokens)]
-            fed = [steps] * len(work)
-        else:
+        gains, hidden, steps = self._advance_together(work)
+        if not gains:
             hidden_TD, logits_RV = self._runner.run(work)
-            gains = self._draw(work, hidden_TD, logits_RV)
-            steps, fed = 1, [len(w.tokens) for w in work]
-        for w, rows_TD in zip(work, hidden_TD.split(fed)):
+            hidden = hidden_TD.split([len(w.tokens) for w in work])
+            gains, steps = self._draw(work, hidden_TD, logits_RV), 1
+        for w, rows_TD in zip(work, hidden):
             if w.stream.request.embed:
                 w.stream.pool(rows_TD)
             elif self._speculator:
@@ -346,14 +341,19 @@ class LocalEngine:
                 self._store(self._disk, stream)
         return gains
 
-    def _foreseen(self, work: Sequence[Work]) -> int:
-        """How many steps can be taken together: where all that is wanted of each is its likeliest token."""
-        if self._runner.most_steps == 1 or any(w.draws != 1 or not w.stream.plain for w in work):
-            return 1
-        if self._speculator and self._speculator.worth(len(work)) is not None:
-            return 1
-        room = min(min(s.limit - len(s.tokens), len(s.pages) * UNIT - s.computed) for s in (w.stream for w in work))
-        return max(1, min(self._runner.most_steps, room, int(TOGETHER_SECONDS / self._seconds)))
+    def _advance_together(self, work: Sequence[Work]) -> tuple[list[Gain], list[Tensor], int]:
+        """Steps in one call of the native program, their hidden states where something drafts, and how many there were;
+        none where another than the seed has a say in a draw, or numbers aren't finite."""
+        runner = self._runner
+        if not isinstance(runner, native.Native) or len(work) > runner.most_drawn:
+            return [], [], 0
+        if any(w.draws != 1 or not w.stream.plain for w in work):
+            return [], [], 0
+        drafting = self._speculator and self._speculator.worth(len(work)) is not None
+        steps = 1 if drafting else max(1, min(runner.most_steps, int(TOGETHER_SECONDS / self._seconds)))
+        tokens, hidden = runner.steps(work, steps, bool(self._speculator))
+        gains = [self._advance(w, its, certain=True) for w, its in zip(work, tokens) if its]
+        return gains, hidden, max(map(len, tokens))
 
     def _load(self, disk: Disk) -> None:
         """Pages from the disk for whom they spare computing, so few a step that decoding streams hardly wait."""

@@ -15,9 +15,11 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
+from shoal.data.draws import MASK
 from shoal.engine.attend import FEW, Span
 from shoal.engine.cache import Cache
 from shoal.engine.pages import UNIT
+from shoal.engine.request import Token
 from shoal.engine.runner import Runner, ends, spans_of
 from shoal.engine.scheduler import Work
 from shoal.model.block import Block
@@ -30,10 +32,10 @@ from shoal.model.mtp import MTP
 from shoal.model.rope import angles
 from shoal.model.transformer import Transformer
 from shoal.ops import cpu
-from shoal.ops.program import Program, Routing, Rows
+from shoal.ops.program import Draws, Program, Routing, Rows
 
 MOST = 512  # rows in a call; more are cut
-DRAWN = 64  # rows of logits in a call
+LOGITS_BYTES = 2**25  # of the rows drawn from in a call
 ITS_OWN = {Transformer, Block, MTP, LatentAttention, GroupedAttention, MoE, SwiGLU, nn.ModuleList}
 ITS_OWN |= {Embedding, Linear, RMSNorm, Experts, Router}
 HEAD_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim")
@@ -62,24 +64,42 @@ class Native(Runner):
         self.angles = angles(torch.arange(min(n_positions, model.config.max_positions)), model.config)
         for p in model.parameters():
             cpu.collapse(p)
-        self._logits = torch.zeros(DRAWN, model.config.vocab_size)
-        self._body, self._hidden, self._before_head = self._write_body()
+        V = model.config.vocab_size
+        self.most_drawn = min(MOST, max(1, LOGITS_BYTES // (4 * V)))
+        self._logits = torch.zeros(self.most_drawn, V)
+        self._body, self._hidden, self._before_head, self._before_draw = self._write_body()
         self._head, self._drawn = self._write_head()
         self._drafter = self._write_module() if len(cache.layers) > model.config.n_layers else None
 
     def run(self, work: Sequence[Work]) -> tuple[Tensor, Tensor]:
         """In one call where all rows are drawn from: that is, while streams decode."""
         n = sum(len(w.tokens) for w in work)
-        if n > DRAWN or n > sum(w.draws for w in work):
+        if n > self.most_drawn or n > sum(w.draws for w in work):
             return super().run(work)
         (rows,) = self._parts([t for w in work for t in w.tokens], spans_of(work))
-        self._body.run(rows)
+        self._body.run(rows, self._before_draw)
         return self._hidden[:n].clone(), self._logits[:n].clone()
 
-    def greedy(self, work: Sequence[Work], steps: int) -> tuple[Tensor, list[list[int]]]:
+    def steps(self, work: Sequence[Work], steps: int, states: bool) -> tuple[list[list[Token]], list[Tensor]]:
+        """Up to so many steps in one call, of at most `most_drawn` streams that are `plain`: the tokens of each, and
+        its hidden states [n, D] where those are wanted. A stream that ends, or has filled its pages, has fewer; all
+        have where numbers aren't finite."""
+        streams = [w.stream for w in work]
+        how = [s.request.sampling for s in streams]
+        draws = Draws(
+            [h.temperature for h in how],
+            [s.seed & MASK for s in streams],
+            [h.logprobs is not None for h in how],
+            [min(s.limit - len(s.tokens), len(s.pages) * UNIT - s.computed, steps) for s in streams],
+            [s.request.stop_tokens for s in streams],
+        )
         (rows,) = self._parts([w.tokens[0] for w in work], spans_of(work))
-        tokens, states = self._body.run_greedy(rows, steps, self._logits, self._hidden)
-        return states.transpose(0, 1).flatten(0, 1), tokens.t().tolist()
+        taken, drawn, logprobs, made = self._body.run_steps(rows, draws, steps, self._hidden if states else None)
+        tokens = [
+            [*map(Token, its[:n], its_logprobs)] if wanted else [*map(Token, its[:n])]
+            for n, its, its_logprobs, wanted in zip(taken, drawn.tolist(), logprobs.tolist(), draws.counted)
+        ]
+        return tokens, [] if made is None else [made[i, :n] for i, n in enumerate(taken)]
 
     def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
         hidden = []
@@ -92,7 +112,7 @@ class Native(Runner):
         self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span], drawn: Sequence[bool]
     ) -> tuple[Tensor, Tensor]:
         """In one call where rows are few; those that aren't drawn from then have logits, too."""
-        if len(following) > DRAWN:
+        if len(following) > self.most_drawn:
             return super().module(hidden_TD, following, spans, drawn)
         made = self._run_module(hidden_TD, following, spans, with_head=True)
         last = ends(spans, drawn)
@@ -115,7 +135,7 @@ class Native(Runner):
 
     def head(self, hidden_RD: Tensor) -> Tensor:
         logits = [hidden_RD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)]
-        for rows in hidden_RD.split(DRAWN) if len(hidden_RD) else ():
+        for rows in hidden_RD.split(self.most_drawn) if len(hidden_RD) else ():
             self._drawn[: len(rows)] = rows
             self._head.run(Rows(tokens=[0] * len(rows)))
             logits.append(self._logits[: len(rows)].clone())
@@ -137,7 +157,7 @@ class Native(Runner):
             )
             at += n
 
-    def _write_body(self) -> tuple[Program, Tensor, int]:
+    def _write_body(self) -> tuple[Program, Tensor, int, int]:
         p, m = Program(MOST, self.angles), self.model
         x = p.embed(m.embed.weight, "x")
         for block, kept in zip(m.layers, self.cache.layers):
@@ -146,10 +166,12 @@ class Native(Runner):
         hidden = p.norm(x, m.norm.weight, m.norm.eps, "hidden")
         before_head = len(p)
         p.linear(hidden, m.head.weight, self._logits)
-        return p, hidden, before_head
+        before_draw = len(p)
+        p.draw(self._logits)
+        return p, hidden, before_head, before_draw
 
     def _write_head(self) -> tuple[Program, Tensor]:
-        p = Program(DRAWN)
+        p = Program(self.most_drawn)
         x = p.rows("x", self.model.config.dim)
         p.linear(x, self.model.head.weight, self._logits)
         return p, x

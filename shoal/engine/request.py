@@ -42,8 +42,9 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether the likeliest token by the raw logits is all that is wanted."""
-        return self.temperature == 0 and not self.edits and self.logprobs is None
+        """Whether a draw by the raw logits at a temperature is all that is wanted, with its log-probability at most."""
+        cut = self.top_k or self.top_p < 1 or self.min_p > 0
+        return not (self.edits or cut or self.logprobs)
 
 
 class Guide(Protocol):

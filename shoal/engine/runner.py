@@ -22,7 +22,7 @@ from shoal.model.transformer import Transformer
 
 
 class Runner:
-    most_steps = 1  # that `greedy` can take together
+    most_steps = 1  # that can be taken together
 
     def __init__(self, model: Transformer, cache: Cache):
         self.model, self.cache = model, cache
@@ -32,16 +32,6 @@ class Runner:
         hidden_TD = self.body([t for w in work for t in w.tokens], spans_of(work))
         rows = drawn_rows(work)
         return hidden_TD, self.head(hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows])
-
-    def greedy(self, work: Sequence[Work], steps: int) -> tuple[Tensor, list[list[int]]]:
-        """Up to so many steps (here one) of streams that are decoding and want the likeliest token each time.
-
-        The hidden states of all rows, stream by stream, and each stream's tokens. Fewer, where a step isn't finite.
-        """
-        hidden_TD, logits_TV = self.run(work)
-        if not bool(logits_TV.isfinite().all()):
-            return hidden_TD[:0], [[] for _ in work]
-        return hidden_TD, logits_TV.argmax(-1, keepdim=True).tolist()
 
     def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
         """Hidden states after the final norm [T, D]; the cache's rows are written. The shortest spans come first."""

@@ -11,7 +11,11 @@ from q, is right more often by the rule of Leviathan et al. (arXiv 2211.17192): 
 else draw from max(p - q, 0). Seeded requests keep to the first way, with the likeliest token as draft: their tokens
 must not depend on whether there were drafts.
 
-Draws happen on the CPU in fp64, the same on every device. Shapes: R rows, V vocabulary.
+Draws happen on the CPU in fp64, the same on every device. Where the machine has native kernels, those that only a seed
+and a temperature decide are theirs (ops/native/draws.c: exponentials in fp32), with equal tokens but for roundings at a
+boundary; that function alone draws them, whether a step is taken by itself or with others.
+
+Shapes: R rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -20,10 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.data.draws import uniform
+from shoal.data.draws import MASK, uniform
 from shoal.engine.request import Sampling, Token
 from shoal.engine.stream import Draft, Stream
 from shoal.errors import RequestError
+from shoal.ops import cpu
 
 MIN_TEMPERATURE = 1e-3  # above 0, which is greedy; less would draw nothing but the likeliest either
 MOST_BIAS = 1e6  # stays finite in fp32 logits
@@ -53,8 +58,9 @@ class Row(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether the likeliest token of the raw logits is all that is wanted."""
-        return self.sampling.plain and self.mask is None and self.forced is None
+        """Whether nobody but its seed and temperature has a say in the draw, and no more is wanted than that token."""
+        guessed = self.draft is not None and self.draft.q_V is not None
+        return self.sampling.plain and self.mask is None and self.forced is None and not guessed
 
     def uniform(self, purpose: int) -> float:
         return uniform(self.seed, self.position, purpose)
@@ -75,9 +81,26 @@ def draft_row(stream: Stream) -> Row:
 
 def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[Token]:
     """One token a row. `logits_RV` (fp32) are the model's own, and stay as they are."""
-    if all(row.plain for row in rows):
+    if all(row.plain and row.greedy and row.sampling.logprobs is None for row in rows):
         return [Token(t) for t in logits_RV.argmax(-1).tolist()]
     raw_RV = logits_RV.cpu()
+    plain = [r for r, row in enumerate(rows) if row.plain and cpu.takes_draws(raw_RV)]
+    if not plain:
+        return _chosen(raw_RV, rows)
+    others = sorted({*range(len(rows))} - {*plain})
+    tokens = dict(zip(plain, _drawn(raw_RV[plain], [rows[r] for r in plain])))
+    tokens.update(zip(others, _chosen(raw_RV[others], [rows[r] for r in others])))
+    return [tokens[r] for r in range(len(rows))]
+
+
+def _drawn(raw_RV: Tensor, rows: Sequence[Row]) -> list[Token]:
+    """Of plain rows, by the native kernel: as where a program takes several steps together (native.Native.steps)."""
+    how = [(row.sampling.temperature, row.seed & MASK, row.position) for row in rows]
+    drawn = cpu.draw(raw_RV, *zip(*how))
+    return [Token(t, None if row.sampling.logprobs is None else p) for row, t, p in zip(rows, *drawn, strict=True)]
+
+
+def _chosen(raw_RV: Tensor, rows: Sequence[Row]) -> list[Token]:
     edited_RV = edited(raw_RV, rows)
     tokens = edited_RV.argmax(-1)
     drawn = [r for r, row in enumerate(rows) if not row.greedy and row.forced is None]

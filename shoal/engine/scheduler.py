@@ -41,7 +41,7 @@ class Scheduler:
         lookahead: int = 0,
         on_disk: Callable[[Key], bool] = lambda key: False,
     ):
-        """`lookahead`: positions behind the last token that drafting may write to."""
+        """`lookahead`: positions behind the last token that drafts, or steps taken together, may write to."""
         assert max_batch_tokens > 0 and lookahead >= 0, (max_batch_tokens, lookahead)
         self.pages, self.max_batch_tokens, self.lookahead, self.on_disk = pages, max_batch_tokens, lookahead, on_disk
         self.waiting: list[Stream] = []  # both in order
@@ -110,7 +110,7 @@ class Scheduler:
         return len(tokens)
 
     def _missing(self, stream: Stream, tokens: int, pages: int) -> int:
-        """Pages to add to `pages` so that so many tokens fit, and the drafts behind them."""
+        """Pages to add to `pages` so that so many tokens fit, and what is ahead of them."""
         return max(0, units(min(tokens + self.lookahead, stream.limit)) - pages)
 
     def _grow(self, stream: Stream, tokens: int) -> bool:

@@ -77,7 +77,7 @@ class Stream:
 
     @property
     def plain(self) -> bool:
-        """Whether it is decoding and wants the likeliest token by the raw logits, and no more."""
+        """Whether it is decoding, and nobody but its seed and temperature has a say in the next draw."""
         return self.decoding and not self.drafts and not self.steered and self.request.sampling.plain
 
     @property

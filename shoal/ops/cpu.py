@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -102,12 +103,18 @@ def takes(x: Tensor, *dims: int) -> bool:
 
 
 def _call(name: str, *args) -> int:
-    """Tensors go as pointers, ints as int64, floats as float. What comes back means something for attention only."""
+    """What comes back means something for attention and programs only."""
     lib = _library()[0]
     assert lib is not None
-    convert = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
-    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else convert[type(a)](a) for a in args]
-    return getattr(lib, name)(*values)
+    return getattr(lib, name)(*map(_value, args))
+
+
+def _value(x):
+    """Tensors go as pointers, ints as int64, floats as float; what ctypes made as it is."""
+    if isinstance(x, Tensor):
+        return ctypes.c_void_p(x.data_ptr())
+    convert = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}.get(type(x))
+    return convert(x) if convert else x
 
 
 class RMSNorm(torch.autograd.Function):
@@ -213,12 +220,27 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def run(name: str, code: ctypes.Array, n: int, step, *more: Tensor | int) -> int:
-    """`run_program` or `run_greedy` of native/program.c, on torch's threads: see program.py."""
-    lib = _library()[0]
-    assert lib is not None
-    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in more]
-    return getattr(lib, name)(code, ctypes.c_int64(n), step, ctypes.c_int64(torch.get_num_threads()), *values)
+def run(name: str, code: ctypes.Array, n: int, step, *more: Tensor | int | None) -> int:
+    """`run_program` or `run_steps` of native/program.c, on torch's threads: see program.py."""
+    return _call(name, code, n, step, torch.get_num_threads(), *more)
+
+
+def takes_draws(logits_RV: Tensor) -> bool:
+    """Whether `draw` accepts these: dense fp32 on a CPU, a vocabulary that is a multiple of 16."""
+    fits = logits_RV.dtype is torch.float32 and logits_RV.device.type == "cpu" and logits_RV.is_contiguous()
+    return fits and logits_RV.shape[1] % 16 == 0 and _library()[0] is not None
+
+
+def draw(
+    logits_RV: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """A token a row (temperature 0: the likeliest; -1 where logits aren't finite) and its log-probability by the raw
+    distribution: native/draws.c, what a program draws by too. `positions` are those of the tokens drawn."""
+    (R, V), made = logits_RV.shape, (torch.float32, torch.uint64, torch.int64)
+    how = [torch.tensor(x, dtype=dtype) for x, dtype in zip((temperatures, seeds, positions), made, strict=True)]
+    tokens_R, logprobs_R = torch.empty(R, dtype=torch.int64), torch.empty(R, dtype=torch.float64)
+    _call("draw_rows", logits_RV, R, V, *how, tokens_R, logprobs_R)
+    return tokens_R.tolist(), logprobs_R.tolist()
 
 
 def huge(n: int) -> Tensor:

@@ -15,10 +15,10 @@ Shapes: T rows, N outputs, K inputs, E experts, A chosen; H heads, G key-value h
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from ctypes import byref, c_float, c_int64, c_void_p
 from enum import IntEnum, IntFlag
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class Kind(IntEnum):
     """As in native/program.c."""
 
     EMBED, NORM, LINEAR, GATED, KEEP_LATENT, KEEP_HEADS, ATTEND_LATENT, ATTEND_HEADS = range(8)
-    LOGITS, ROUTE, EXPERTS_GATED, EXPERTS_DOWN, WEIGH = range(8, 13)
+    LOGITS, ROUTE, EXPERTS_GATED, EXPERTS_DOWN, WEIGH, DRAW = range(8, 14)
 
 
 class Flag(IntFlag):
@@ -55,6 +55,7 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in "chunk_at token_T position_T slot_T stream_T table_SP cos sin".split()),
         *((name, c_void_p) for name in "expert_M row_M busy_E start_E weight_M".split()),
         ("n_busy", c_int64),
+        *((name, c_void_p) for name in "temperature_S seed_S counted_S left_S stop_at stops drawn_T logprob_T".split()),
     ]
 
 
@@ -84,6 +85,27 @@ class Rows(NamedTuple):
     streams: Sequence[int] = ()
     table: Sequence[Sequence[int]] = ()
     chunks: Sequence[int] = ()
+
+
+class Draws(NamedTuple):
+    """How each stream's tokens are drawn (temperature 0: the likeliest), whether log-probabilities are wanted, how many
+    tokens it may have, and the last of them that it wants."""
+
+    temperatures: Sequence[float]
+    seeds: Sequence[int]  # 64 bits, unsigned
+    counted: Sequence[bool]
+    left: Sequence[int]  # none more than the steps
+    stops: Sequence[Collection[int]]
+
+
+class Drawn(NamedTuple):
+    """Of each stream the first `taken` of tokens and, where wanted, log-probabilities [S, steps]; and the hidden states
+    that they were drawn from [S, steps, D], if asked for."""
+
+    taken: list[int]
+    tokens: Tensor
+    logprobs: Tensor
+    states: Tensor | None
 
 
 class Program:
@@ -205,6 +227,10 @@ class Program:
         N = onto.shape[1]
         return self._add(Kind.WEIGH, x=x, w2=shared, y=onto, N=N, A=n_chosen, xs=N)
 
+    def draw(self, logits: Tensor) -> None:
+        """A token a row by fp32 logits: for `run_steps`, at the end of a program."""
+        self._add(Kind.DRAW, x=logits, N=logits.shape[1])
+
     def _add(self, kind: Kind, beside: bool = False, **arguments: Any) -> Tensor:
         c = _Instruction(kind=kind, wait=int(not beside), stacked=1)
         for stride, name in (("xs", "x"), ("ys", "y")):
@@ -227,20 +253,29 @@ class Program:
             raise MemoryError("no room for the scores of attention")
         del held
 
-    def run_greedy(self, rows: Rows, steps: int, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """So many steps of rows that are streams of their own, each fed the likeliest token of the one before.
-
-        The tokens [steps, T] and the states in `hidden` behind them [steps, T, D]; fewer, where logits aren't finite.
-        """
-        held, T = self._bring(rows), len(rows.tokens)
-        tokens = torch.empty(steps, T, dtype=torch.int64)
-        states = hidden.new_empty(steps, T, hidden.shape[1])
-        more = (steps, logits, logits.shape[1], hidden, hidden.shape[1], tokens, states)
-        done = cpu.run("run_greedy", self._whole(), len(self._code), byref(self._step), *more)
-        del held
-        if done < 0:
+    def run_steps(self, rows: Rows, draws: Draws, steps: int, hidden: Tensor | None = None) -> Drawn:
+        """So many steps of rows that are streams of their own, each fed the token drawn in the one before: as long as
+        the stream goes on, and all logits are finite. With the states in `hidden`."""
+        T, s = len(rows.tokens), self._step
+        lists = {
+            "temperature_S": ("f", draws.temperatures),
+            "seed_S": ("Q", draws.seeds),
+            "counted_S": ("q", draws.counted),
+            "left_S": ("q", draws.left),
+            "stop_at": ("q", accumulate(map(len, draws.stops), initial=0)),
+            "stops": ("q", chain.from_iterable(draws.stops)),
+            "drawn_T": ("q", [0] * T),
+            "logprob_T": ("d", [0.0] * T),
+        }
+        held = self._bring(rows) + self._point(lists)
+        tokens, logprobs = torch.empty(T, steps, dtype=torch.int64), torch.empty(T, steps, dtype=torch.float64)
+        D, taken = 0 if hidden is None else hidden.shape[1], torch.zeros(T, dtype=torch.int64)
+        states = None if hidden is None else hidden.new_empty(T, steps, D)
+        made = (hidden, D, tokens, logprobs, states, taken)
+        if cpu.run("run_steps", self._whole(), len(self._code), byref(s), steps, *made):
             raise MemoryError("no room for the scores of attention")
-        return tokens[:done], states[:done]
+        del held
+        return Drawn(taken.tolist(), tokens, logprobs, states)
 
     def _whole(self) -> ctypes.Array[_Instruction]:
         if self._compiled is None:
@@ -261,7 +296,10 @@ class Program:
             "stream_T": rows.streams,
             "table_SP": (page for pages in rows.table for page in (*pages, *[0] * (P - len(pages)))),
         }
-        held = [array("q", numbers) for numbers in lists.values()]
+        return self._point({name: ("q", numbers) for name, numbers in lists.items()})
+
+    def _point(self, lists: Mapping[str, tuple[str, Iterable]]) -> list[array]:
+        held = [array(kind, numbers) for kind, numbers in lists.values()]
         for name, numbers in zip(lists, held, strict=True):
-            setattr(s, name, numbers.buffer_info()[0])
+            setattr(self._step, name, numbers.buffer_info()[0])
         return held

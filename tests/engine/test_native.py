@@ -11,7 +11,7 @@ from shoal.engine.attend import Span
 from shoal.engine.cache import Cache
 from shoal.engine.engine import LocalEngine
 from shoal.engine.native import Native, cut, takes
-from shoal.engine.request import Sampling
+from shoal.engine.request import Sampling, Token
 from shoal.model.attend import Packed
 from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from shoal.model.layers import Linear
@@ -185,26 +185,49 @@ class Watched:
         return None
 
 
-def told(engine: LocalEngine, last: int) -> list[list[int]]:
+def told(engine: LocalEngine, last: int) -> list[tuple[Token, ...]]:
     plain = [request(prompt(n, n), 90) for n in (1, 60, 63, 64)]
     guided = [request(prompt(20, n), 90, guide=Watched(last + n)) for n in range(3)]
     stopped = request(prompt(9), 90, stop_tokens=frozenset(range(0, 512, 9)))
-    drawn = request(prompt(9), 30, Sampling(temperature=0.8, seed=3))
-    counted = request(prompt(9), 30, Sampling(temperature=0, frequency_penalty=1.0))
-    alone = [ids(engine.generate([r])[0]) for r in (plain[2], stopped)]
-    return [ids(r) for r in engine.generate([*plain, *guided, stopped, drawn, counted])] + alone
+    drawn = [request(prompt(n), 50 + n, Sampling(0.3 * n, seed=n, logprobs=0)) for n in range(1, 5)]
+    counted = request(prompt(9), 30, Sampling(temperature=0, logprobs=0))
+    steered = request(prompt(9), 30, Sampling(temperature=0, frequency_penalty=1.0))
+    alone = [engine.generate([r])[0].tokens for r in (plain[2], stopped, drawn[0])]
+    return [r.tokens for r in engine.generate([*plain, *guided, stopped, *drawn, counted, steered])] + alone
 
 
 def test_steps_taken_together_say_the_same():
     m, _ = built(V3)
     together, single = LocalEngine(m, deterministic=True), LocalEngine(m, deterministic=True)
     single._runner.most_steps = 1
-    stretches, greedy = [], together._runner.greedy
-    together._runner.greedy = lambda work, steps: stretches.append(steps) or greedy(work, steps)  # type: ignore
+    stretches, steps = [], together._runner.steps  # type: ignore
+    together._runner.steps = lambda work, n, states: stretches.append(n) or steps(work, n, states)  # type: ignore
     assert told(together, 11) == told(single, 11)
     assert max(stretches) == 8 and together.stats().steps >= 90
     together.close()
     single.close()
+
+
+def test_more_streams_than_a_product_takes_rows_say_what_each_would_alone():
+    m, _ = built(V3)
+    engine = LocalEngine(m, deterministic=True)
+    asked = [request(prompt(3, i), 12, Sampling(i % 3 / 2, seed=i, logprobs=0)) for i in range(100)]
+    together = engine.generate(asked)
+    assert engine.stats().steps < 40 and engine._runner.most_drawn == native.MOST  # type: ignore
+    assert [engine.generate([asked[i]])[0].tokens for i in range(0, 100, 9)] == [r.tokens for r in together[::9]]
+    engine.close()
+
+
+def test_logits_are_bounded_by_bytes(monkeypatch):
+    monkeypatch.setattr(native, "LOGITS_BYTES", 10 * 512 * 4)
+    m, runner = built(V3)
+    engine = LocalEngine(m, deterministic=True)
+    assert runner.most_drawn == 10
+    results = engine.generate([request(prompt(3, i), 12, Sampling(seed=i)) for i in range(30)])
+    assert [ids(r) for r in results[::7]] == [
+        ids(engine.generate([request(prompt(3, i), 12, Sampling(seed=i))])[0]) for i in range(0, 30, 7)
+    ]
+    engine.close()
 
 
 def test_a_number_that_is_not_finite_ends_a_stretch_before_it():

@@ -1,13 +1,15 @@
 """Draws follow the distribution that was asked for; a seed fixes them; drafts never bend it."""
 
+from ctypes import c_double, c_uint64
 from math import nan
 
 import pytest
 import torch
 
-from shoal.data.draws import uniform
-from shoal.engine.request import Sampling
+from shoal.data.draws import MASK, uniform
+from shoal.engine.request import Sampling, Token
 from shoal.engine.sampler import (
+    DRAW,
     NUCLEUS,
     Row,
     accept_or_redraw,
@@ -20,6 +22,7 @@ from shoal.engine.sampler import (
     shaped,
 )
 from shoal.errors import RequestError
+from shoal.ops import cpu
 
 P = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
 
@@ -185,3 +188,32 @@ def test_what_no_draw_could_follow_is_refused(name, value):
         check(Sampling(**{name: value}), vocab_size=9)
     assert error.value.param == name
     check(Sampling(1e-3, seed=2**64 - 1, logprobs=9, logit_bias={8: -100.0}), vocab_size=9)
+
+
+@pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
+def test_native_draws_equal_those_in_fp64():
+    native_uniform = cpu._library()[0].uniform  # type: ignore[union-attr]
+    native_uniform.restype = c_double
+    numbers = [(s, i, p) for s in (0, 7, -3 & MASK, MASK) for i in (0, 1, 9, 2**40) for p in range(4)]
+    assert all(native_uniform(*map(c_uint64, n)) == uniform(*n) for n in numbers)
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1.0, 0.6, 1.7, 1e-3, 100.0):
+        logits_RV = torch.randn(1000, 528, generator=generator).mul(4).bfloat16().float()
+        rows = [row(i, temperature=temperature, seed=i, logprobs=0) for i in range(1000)]
+        tokens, logprobs = cpu.draw(logits_RV, [temperature] * 1000, range(1000), range(1000))
+        exact = draw(shaped(logits_RV, [r.sampling for r in rows]), [r.uniform(DRAW) for r in rows])
+        assert tokens == exact.tolist()
+        assert choose(logits_RV, rows) == [Token(t, p) for t, p in zip(tokens, logprobs)]
+        log_p = logits_RV.double().log_softmax(-1).gather(1, exact[:, None])[:, 0]
+        assert (log_p - torch.tensor(logprobs, dtype=torch.float64)).abs().max() < 1e-6
+
+
+@pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
+def test_native_draws_at_the_edges():
+    """The likeliest of equals is the first; the last token can be drawn; what isn't finite draws nothing."""
+    logits_RV = torch.zeros(5, 160)
+    logits_RV[1, 150:] = 200.0
+    logits_RV[2, 3], logits_RV[3, 9], logits_RV[4, 159] = torch.nan, torch.inf, 1000.0
+    assert cpu.draw(logits_RV, [0.0] * 5, [0] * 5, [1] * 5)[0] == [0, 150, -1, -1, 159]
+    drawn = torch.tensor(cpu.draw(logits_RV[:2].repeat(2000, 1), [1.0] * 4000, range(4000), [1] * 4000)[0])
+    assert set(drawn[::2].tolist()) == set(range(160)) and set(drawn[1::2].tolist()) == set(range(150, 160))

@@ -11,6 +11,7 @@
  * Shapes: T rows, N outputs, K inputs, E experts, A chosen; in attention H heads, G key-value heads, N nope, R rope,
  * V value dims, C latent, W = C + R; P pages of UNIT tokens. All inner sizes are multiples of 16.
  */
+#include "draws.h"
 #include "paged.h"
 #include <omp.h>
 #include <sched.h>
@@ -195,9 +196,19 @@ static void route(const Worker *t, i64 task) {
     for (i64 m = 0; m < M; m++) s->row_M[next[s->expert_M[m]]++] = m;
 }
 
+/* The row's next token. */
+static void draw_next(const Worker *t, i64 row) {
+    const Instruction *c = t->code;
+    Step *s = t->step;
+    i64 stream = s->stream_T[row];
+    double *logprob = s->counted_S[stream] ? s->logprob_T + row : NULL;
+    s->drawn_T[row] = draw((const float *)c->x + row * c->xs, c->N, s->temperature_S[stream], s->seed_S[stream],
+                           s->position_T[row] + 1, logprob);
+}
+
 static void (*const KINDS[])(const Worker *, i64) = {
     embed, norm, linear, gated, keep_latent, keep_heads, attend_latent, attend_heads, logits, route, experts_gated,
-    experts_down, weigh,
+    experts_down, weigh, draw_next,
 };
 
 static i64 tasks(const Instruction *c, const Step *s) {
@@ -277,37 +288,36 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
     return 0;
 }
 
-/* The first of the largest of n logits; -1 where one isn't finite. */
-static i64 likeliest(const float *logit, i64 n) {
-    __m512 top = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
-    for (i64 i = 0; i < n; i += 16) {
-        __m512 x = _mm512_loadu_ps(logit + i);
-        top = _mm512_max_ps(top, x);
-        zero = _mm512_fmadd_ps(x, _mm512_setzero_ps(), zero);
-    }
-    if (_mm512_reduce_add_ps(zero) != 0) return -1;
-    float best = _mm512_reduce_max_ps(top);
-    i64 i = 0;
-    while (logit[i] != best) i++;
-    return i;
+static int is_stop(const Step *s, i64 stream, i64 token) {
+    for (i64 i = s->stop_at[stream]; i < s->stop_at[stream + 1]; i++)
+        if (s->stops[i] == token) return 1;
+    return 0;
 }
 
-/* Up to `steps` steps of rows that are streams of their own, each fed the likeliest token of the one before. Leaves
- * tokens [steps, T] and the hidden states [steps, T, D] behind them. Returns how many steps were finite; -1: no
- * memory. */
-int run_greedy(const Instruction *code, i64 n, Step *s, i64 threads, i64 steps, const float *logits, i64 V,
-               const bf16 *hidden, i64 D, i64 *tokens, bf16 *states) {
-    for (i64 step = 0; step < steps; step++) {
-        if (run_program(code, n, s, threads)) return -1;
+/* Up to `steps` steps of rows that are streams of their own, each fed the token drawn in the one before; the program
+ * ends with the draw. A stream that has drawn a stop, or all it may, leaves. Ends before a step that isn't finite.
+ * Leaves tokens and log-probabilities [S, steps], in `states`, if given, the hidden states [S, steps, D] behind them,
+ * and how many each stream has, taken [S] (zeros at first). Returns 1 where there is no memory. */
+int run_steps(const Instruction *code, i64 n, Step *s, i64 threads, i64 steps, const bf16 *hidden, i64 D, i64 *tokens,
+              double *logprobs, bf16 *states, i64 *taken) {
+    while (steps && s->T) {
+        if (run_program(code, n, s, threads)) return 1;
+        for (i64 row = 0; row < s->T; row++)
+            if (s->drawn_T[row] < 0) return 0;
+        i64 stay = 0;
         for (i64 row = 0; row < s->T; row++) {
-            i64 token = likeliest(logits + row * V, V), next = s->position_T[row] + 1;
-            if (token < 0) return step;
-            tokens[step * s->T + row] = s->token_T[row] = token;
-            if (step + 1 < steps)
-                s->slot_T[row] = s->table_SP[s->stream_T[row] * s->P + next / UNIT] * UNIT + next % UNIT;
-            s->position_T[row] = next;
+            i64 stream = s->stream_T[row], token = s->drawn_T[row], at = stream * steps + taken[stream]++;
+            tokens[at] = token;
+            logprobs[at] = s->logprob_T[row];
+            if (states) memcpy(states + at * D, hidden + row * D, D * sizeof(bf16));
+            if (taken[stream] == s->left_S[stream] || is_stop(s, stream, token)) continue;
+            i64 next = s->position_T[row] + 1;
+            s->token_T[stay] = token;
+            s->position_T[stay] = next;
+            s->slot_T[stay] = s->table_SP[stream * s->P + next / UNIT] * UNIT + next % UNIT;
+            s->stream_T[stay++] = stream;
         }
-        memcpy(states + step * s->T * D, hidden, s->T * D * sizeof(bf16));
+        s->T = s->singles = stay;
     }
-    return steps;
+    return 0;
 }

@@ -17,11 +17,18 @@ typedef struct { /* what a step brings, and room for what its routers choose */
     i64 T, P, singles, chunks; /* the first rows attend one by one, those behind them in chunks of one stream each */
     const i64 *chunk_at; /* [chunks + 1]: first rows, and T */
     i64 *token_T, *position_T, *slot_T;
-    const i64 *stream_T, *table_SP;
+    i64 *stream_T;
+    const i64 *table_SP;
     const float *cos, *sin; /* [positions, R/2] */
     i64 *expert_M, *row_M, *busy_E, *start_E; /* M = T·A; rows sorted by expert, the experts that have any */
     float *weight_M;
     i64 n_busy;
+    /* How each stream's tokens are drawn, how many it may have, and its stops: from stop_at[i] on, up to the next's. */
+    const float *temperature_S;
+    const uint64_t *seed_S;
+    const i64 *counted_S, *left_S, *stop_at, *stops; /* counted: whether the log-probability is wanted */
+    i64 *drawn_T;
+    double *logprob_T;
 } Step;
 
 typedef struct {
