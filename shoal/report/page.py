@@ -6,6 +6,8 @@ all optional, fields too; numbers are plain JSON numbers:
     samples/NAME.json   {prompt, text, step, temperature, top_p, seed, tokens}       `text` is the continuation alone
     evals/NAME.json     {name, metric, value, better: "lower" | "higher", step, measured_on, yardsticks: {name: value}}
     evals/held_out.json the same with metric "bits_per_byte": the verdict; yardsticks are compressors on the same text
+    evals/NAME.json     besides these {budgets: [{budget, rows: [{task, level, items, accuracy, interval, k: [1, 2, 4],
+                        pass_at_k, cons_at_k, thinking_tokens}]}]}, rows[0] being the whole
     evals/expert_load.json  {layers: [number of each layer], load: [[share of an even load, per expert], per layer]}
     plan.json           plan.cost.Account's fields as predicted, and why: [sentences], machine: {name, …}
     receipt.json        plan.cost.Account's fields as they turned out, and next_command
@@ -24,7 +26,7 @@ import jinja2
 from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.counts import count_parameters
 from shoal.plan import cost, memory
-from shoal.report import curves, plots, words
+from shoal.report import curves, plots, reasoning, words
 from shoal.report.facts import Facts, flat, items, number, numbers, read
 from shoal.run import replace_text
 
@@ -55,6 +57,7 @@ def shown(folder: Path) -> str:
 
 def look(facts: Facts, path: str) -> dict[str, Any]:
     """Everything the templates print, in words and geometry."""
+    solved = reasoning.evaluations(facts)
     return {
         "facts": facts,
         "verdict": words.verdict(facts),
@@ -67,6 +70,7 @@ def look(facts: Facts, path: str) -> dict[str, Any]:
         "heat": heat(facts.evals.get("expert_load", {})),
         "samples": [words.clipped(s) for s in facts.samples],
         "evals": [e for name, e in facts.evals.items() if name not in ("held_out", "expert_load") and "metric" in e],
+        "solved": {"charts": reasoning.charts(solved), "tables": list(reasoning.tables(solved))},
         "receipt": list(receipt(facts)),
         "why": items(facts.plan, "why"),
         "model": list(model_rows(facts.model)) if facts.model else [],

@@ -20,13 +20,15 @@ HOVER_ZONES = 60
 
 @dataclass(frozen=True)
 class Line:
-    """A named series; `faint` draws the raw values under a smoothed line, `dots` marks each of few points."""
+    """A named series; `faint` draws the raw values under a smoothed line, `dots` marks each of few points, `band` are
+    (x, low, high) around it."""
 
     name: str
     points: Points
     colour: str  # one of the template's: a, b, c
     faint: Points = ()
     dots: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,14 @@ class Chart:
     marks: list[Mark] = field(default_factory=list)
     y_range: tuple[float, float] | None = None
     second_axis: Callable[[float], str] | None = None  # what to print under an x tick
+    ticks: Sequence[float] | None = None  # of x, where round numbers won't do
+    format_x: Callable[[float], str] | None = None  # for these, and for the pointer
 
     def __post_init__(self):
         xs = [x for line in self.lines for x, _ in line.points]
         self.x_low, self.x_high = min(xs, default=0.0), max(xs, default=1.0)
-        self.x_low = min(self.x_low, 0.0) if self.x_low < 0.2 * self.x_high else self.x_low
+        if not self.ticks and self.x_low < 0.2 * self.x_high:
+            self.x_low = min(self.x_low, 0.0)
         ys = [y for line in self.lines for _, y in line.points] + [m.y for m in self.marks]
         low, high = self.y_range or (min(ys, default=0.0), max(ys, default=1.0))
         room = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
@@ -91,8 +96,15 @@ class Chart:
         """SVG polyline points in a box of 1000 × 1000; what lies outside the box is cut off there."""
         return " ".join(f"{10 * self.x(x):.1f},{10 * clamp(self.y(y), -50, 150):.1f}" for x, y in thinned(points))
 
+    def area(self, band: Sequence[tuple[float, float, float]]) -> str:
+        """The polygon between the ends of a band, in the same box."""
+        return self.path([(x, low) for x, low, _ in band] + [(x, high) for x, _, high in reversed(band)])
+
     @property
     def x_ticks(self) -> list[Tick]:
+        if self.ticks is not None and self.format_x:
+            middle = len(self.ticks) // 2
+            return [Tick(self.x(v), self.format_x(v), self.x_unit * (i == middle)) for i, v in enumerate(self.ticks)]
         second = self.second_axis or (lambda _: "")
         values = nice(self.x_low, self.x_high, 5)
         return [Tick(self.x(v), f"{v:,g} {self.x_unit}" if v else "0", second(v) if v else "") for v in values]
@@ -115,7 +127,8 @@ class Chart:
         for line in self.lines:
             y = nearest(line.points, x)[1]
             values.append((line.colour, line.name, self.format_y(y), clamp(self.y(y), 0, 100)))
-        return Zone(self.x(left), self.x(right) - self.x(left), self.x(x), f"{x:.3g} {self.x_unit}{below}", values)
+        title = f"{self.format_x(x) if self.format_x else f'{x:.3g}'} {self.x_unit}{below}"
+        return Zone(self.x(left), self.x(right) - self.x(left), self.x(x), title, values)
 
 
 def nice(low: float, high: float, about: int) -> list[float]:

@@ -77,7 +77,11 @@ def score(metric: object, value: object) -> str:
     n = number(value)
     if n is None:
         return MISSING
-    return f"{n:.1%}" if metric in ("share", "accuracy") else f"{n:.4g} {metric}".replace("_", " ")
+    return share(n) if metric in ("share", "accuracy") else f"{n:.4g} {metric}".replace("_", " ")
+
+
+def share(value: float) -> str:
+    return f"{value:.1%}"
 
 
 def change(before: float | None, after: float | None) -> str:

@@ -77,6 +77,7 @@ def write_outcome(folder: Path, steps: int) -> None:
     yardsticks = {"gzip -9": 1.71, "xz -9e": 1.354}
     held_out = {"name": "held-out text", "metric": "bits_per_byte", "value": 0.8617, "better": "lower"}
     put(folder / "evals/held_out.json", held_out | {"measured_on": "1.9 MB of python-stdlib", "yardsticks": yardsticks})
+    put(folder / "evals/tasks.json", solved("countdown, chain_sum", 0.0))
     chance = random.Random(1)
     load = [[max(0.02, chance.gauss(1, 0.22)) for _ in range(8)] for _ in range(4)]
     put(folder / "evals/expert_load.json", {"layers": [1, 2, 3, 4], "load": load})
@@ -87,6 +88,28 @@ def write_outcome(folder: Path, steps: int) -> None:
     put(folder / "plan.json", planned | {"why": why, "machine": {"name": "two threads"}})
     again = 'shoal generate runs/latest --prompt "class Archive:"'
     put(folder / "receipt.json", took | {"bits_per_byte": 0.8617, "next_command": again})
+
+
+def solved(name: str, better: float) -> dict:
+    """An evaluation as `shoal eval` leaves it: two tasks, three levels, five budgets."""
+    places = [(None, None), ("countdown", 1), ("countdown", 2), ("chain_sum", 1), ("chain_sum", 2), ("chain_sum", 3)]
+    budgets = [
+        {"budget": b, "rows": [solved_row(task, level, b, better) for task, level in places]}
+        for b in (0, 16, 64, 256, 1024)
+    ]
+    value, rules = budgets[-1]["rows"][0]["accuracy"], {"samples": 16, "temperature": 0.6, "top_p": 0.95}
+    whole = {"name": name, "metric": "accuracy", "value": value, "better": "higher", "rules": rules}
+    return whole | {"measured_on": "200 held-out problems, 16 attempts each", "budgets": budgets}
+
+
+def solved_row(task: str | None, level: int | None, budget: int, better: float) -> dict:
+    p = (0.9 - 0.16 * (level or 2) + (0.1 if task == "countdown" else 0.0)) * (1 - exp(-(budget + 12) / 90)) + better
+    p = max(0.0, p)
+    ks = [1, 2, 4, 8, 16]
+    votes = {"k": ks, "pass_at_k": [1 - (1 - p) ** k**0.7 for k in ks], "cons_at_k": [p + 0.02 * i for i in range(5)]}
+    sure = {"items": 40 if task else 200, "attempts": 3200, "failed": 0, "unanswered": 3, "accuracy": p}
+    interval = [max(0.0, p - 0.05), p + 0.05]
+    return {"task": task, "level": level, "interval": interval, "thinking_tokens": 0.7 * budget} | sure | votes
 
 
 def put(path: Path, value: dict) -> None:

@@ -17,7 +17,7 @@ from shoal.model.counts import count_parameters
 from shoal.model.presets import PRESETS
 from shoal.plan import memory
 from shoal.report import page, words
-from tests.report.synthetic import put, write_run
+from tests.report.synthetic import put, solved, write_run
 
 FILES = [
     "config.toml",
@@ -30,12 +30,13 @@ FILES = [
     "receipt.json",
     "evals/held_out.json",
     "evals/expert_load.json",
+    "evals/tasks.json",
     "samples/1.json",
 ]
 HOSTILE = """</pre></title></style>-->
 <script>alert(1)</script><img src=//x.test/a onerror=alert(2)><a href="javascript:1">
 ' onmouseover='alert(3)' {{ 7 * 7 }} | `]]> **bold** [x](http://x.test) <b>\0&amp;"""
-VOID = {"meta", "link", "br", "line", "use", "polyline", "path"}
+VOID = {"meta", "link", "br", "line", "use", "polyline", "polygon", "path"}
 
 
 class Document(HTMLParser):
@@ -103,6 +104,34 @@ def test_markdown_tells_the_same_facts(run):
 def test_a_worse_model_than_a_compressor_is_said_to_be_worse(run):
     put(run / "evals/held_out.json", {"metric": "bits_per_byte", "value": 2.031, "yardsticks": {"xz -9e": 1.354}})
     assert "50% more than xz -9e" in " ".join(written(run).text)
+
+
+def test_problems_solved_are_drawn_and_tabled(run):
+    found = page.look(page.read(run), "x")["solved"]
+    assert [c.title for c in found["charts"]] == ["Thinking longer", "More attempts", "Harder problems"]
+    longer, more, harder = found["charts"]
+    assert [it.name for it in longer.lines] == ["one attempt", "majority of 16"] and len(longer.lines[0].band) == 5
+    assert [len(it.points) for it in more.lines] == [5, 5] and [t.text for t in more.x_ticks] == "1 2 4 8 16".split()
+    assert [(it.name, len(it.points)) for it in harder.lines] == [("countdown", 2), ("chain_sum", 3)]
+    text = " ".join(" ".join(written(run).text).split())
+    rows = json.loads((run / "evals/tasks.json").read_text())["budgets"]
+    shown = [f"{point['rows'][3]['accuracy']:.1%}" for point in rows]
+    assert "chain_sum 1 40 " + " ".join(shown) in text
+    assert "| chain\\_sum | 1 | 40 | " + " | ".join(shown) in (run / "report.md").read_text()
+
+
+def test_several_evaluations_stand_side_by_side(run):
+    put(run / "evals/tasks.json", solved("base", -0.2))
+    put(run / "evals/zero.json", solved("R1-Zero", 0.1))
+    found = page.look(page.read(run), "x")["solved"]
+    assert all([it.name for it in chart.lines] == ["base", "R1-Zero"] for chart in found["charts"])
+    assert [t["name"] for t in found["tables"]] == ["base", "R1-Zero"]
+
+
+def test_one_budget_makes_no_curve_over_budgets(run):
+    one = solved("x", 0.0)
+    put(run / "evals/tasks.json", one | {"budgets": one["budgets"][-1:]})
+    assert [c.title for c in page.look(page.read(run), "x")["solved"]["charts"]] == ["More attempts", "Harder problems"]
 
 
 def test_samples_are_shown_as_they_are(run):
