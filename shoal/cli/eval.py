@@ -14,11 +14,10 @@ from shoal.errors import ConfigError
 from shoal.run import replace_text
 
 if TYPE_CHECKING:
-    from shoal.tasks.task import Item, Task
+    from shoal.tasks.task import Item
 
 FREE = "free"
 ANSWER_ROOM, LEAST_ROOM = 256, 1024  # tokens: behind the largest budget, and of a completion, where nothing is said
-TRIES = 50  # draws for each problem wanted, before there are said to be too few
 
 
 def main(argv: list[str]) -> int:
@@ -78,6 +77,7 @@ def budgets(text: str) -> list[int | None]:
 def chosen(args: argparse.Namespace) -> "list[Item]":
     if not args.tasks:
         return []
+    from shoal.evals.harness import problems
     from shoal.evals.scaling import MOST_ATTEMPTS
     from shoal.tasks.catalog import resolve
 
@@ -86,20 +86,6 @@ def chosen(args: argparse.Namespace) -> "list[Item]":
     if not 1 <= args.samples <= MOST_ATTEMPTS:
         raise ConfigError(f"--samples {args.samples}", f"1 to {MOST_ATTEMPTS}", "16 say much already")
     return problems(resolve(args.tasks), args.items, args.seed, args.levels)
-
-
-def problems(tasks: "tuple[Task, ...]", count: int, seed: int, levels: list[int] | None) -> "list[Item]":
-    """`count` held-out problems, none twice; in the order of tasks and levels. Fewer where there are no more."""
-    from shoal.tasks.task import draw
-
-    found: dict[tuple[str, str], Item] = {}
-    for index in range(TRIES * count):
-        item = draw(tasks, seed, index, "held_out", levels)
-        found.setdefault((item.task, item.content), item)
-        if len(found) == count:
-            break
-    names = [task.name for task in tasks]
-    return sorted(found.values(), key=lambda item: (names.index(item.task), item.level))
 
 
 def place(model: Path, out: Path | None) -> tuple[Path | None, int | None]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shoal.errors import CheckpointError, ModelError, ResourceError, RunError
 from shoal.model.config import ModelConfig
-from shoal.run import find
+from shoal.run import Run, find
 
 if TYPE_CHECKING:
     from shoal.data.tokenizer import Tokenizer
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "a run (path, id, latest), a checkpoint folder, or a Hugging Face model folder"
 DTYPES = ("float32", "bfloat16")
+OF_CONFIG = {"bf16": "bfloat16", "fp32": "float32"}  # what training configs call them
 FP32_BYTES, BF16_BYTES = 4, 2
 
 
@@ -74,6 +75,12 @@ def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
     if device == "cpu":
         check_memory(config, dtype)
     return Opened(hf.load(folder, getattr(torch, dtype), device), tokenizer, folder)
+
+
+def reopened(run: Run, base: str, dtype: str, threads: int | None) -> Opened:
+    """What a run goes on from: its newest whole checkpoint, else the `base` it began with. `dtype` as in its config."""
+    source = str(run.path) if any(run.checkpoints.glob("step-*")) else base
+    return open_model(source, OF_CONFIG[dtype], threads or run.env().get("threads"))
 
 
 def turns_of(opened: Opened) -> "Turns":

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from shoal import config as configs
 from shoal.cli.asked import Asked, configured, parse, recipe_names, reconfigured, resumed
-from shoal.cli.opened import Opened, model_folder, open_model
+from shoal.cli.opened import OF_CONFIG, Opened, model_folder, open_model, reopened
 from shoal.errors import ConfigError
-from shoal.post.config import SftConfig, TuningConfig
+from shoal.post.config import SftConfig
 from shoal.run import Run
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from shoal.recipes._teller import Teller
 
 BUDGETS = ("epochs", "minutes", "steps")
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +55,7 @@ def start(asked: Asked, config: SftConfig, origins: dict[str, str], command: Seq
         raise ConfigError("no model", "something to start from", "give --model RUN, or a model folder")
     tell = teller()
     config = replace(config, model=str(model_folder(config.model).resolve()))  # `latest` won't stay what it is
-    opened = open_model(config.model, DTYPES[config.dtype], config.threads)
+    opened = open_model(config.model, OF_CONFIG[config.dtype], config.threads)
     samples = samples_of(config, opened, tell)
     if asked.dry_run:
         return 0
@@ -75,16 +74,10 @@ def go_on(asked: Asked) -> int:
     with run.lock():
         config, origins = reconfigured(run, asked, SftConfig)
         run.write_config(config, origins)
-        opened = reopened(run, config, config.model)
+        opened = reopened(run, config.model, config.dtype, config.threads)
         return _tune.teach(
             config, run, opened.model, opened.tokenizer, samples_of(config, opened, tell), tell, resume=True
         )
-
-
-def reopened(run: Run, config: TuningConfig, base: str) -> Opened:
-    """What a run goes on from: its newest whole checkpoint, else what it began with."""
-    source = str(run.path) if any(run.checkpoints.glob("step-*")) else base
-    return open_model(source, DTYPES[config.dtype], config.threads or run.env().get("threads"))
 
 
 def samples_of(config: SftConfig, opened: Opened, tell: "Teller") -> "Samples":

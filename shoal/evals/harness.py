@@ -32,13 +32,14 @@ from shoal.engine.gather import Result, silent
 from shoal.engine.request import Request, Sampling
 from shoal.errors import ConfigError, ModelError
 from shoal.tasks.grading import Graders
-from shoal.tasks.task import Item, Outcome, extract_answer
+from shoal.tasks.task import Item, Outcome, Task, draw, extract_answer
 
 if TYPE_CHECKING:
     from shoal.engine.engine import LocalEngine
 
 ASK = "\n\nEnd with the answer alone, between <answer> and </answer>."
 WAIT = "\nWait,"
+DRAWS = 50  # for each problem wanted, before there are said to be too few
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class Rules:
 
 
 Attempts = list[list[Attempt]]  # by item, then by sample
+
+
+def problems(tasks: Sequence[Task], count: int, seed: int, levels: Sequence[int] | None) -> list[Item]:
+    """`count` held-out problems, none twice; in the order of tasks and levels. Fewer where there are no more."""
+    found: dict[tuple[str, str], Item] = {}
+    for index in range(DRAWS * count):
+        item = draw(tasks, seed, index, "held_out", levels)
+        found.setdefault((item.task, item.content), item)
+        if len(found) == count:
+            break
+    names = [task.name for task in tasks]
+    return sorted(found.values(), key=lambda item: (names.index(item.task), item.level))
 
 
 def evaluate(

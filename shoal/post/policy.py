@@ -106,17 +106,15 @@ def batched(answers: Sequence[Answer], version: int) -> Rollout:
         tokens += whole[:-1]
         targets += [UNPREDICTED] * (len(a.prompt) - 1) + a.sample.tokens
         lengths.append(len(whole) - 1)
-    rest = -len(tokens) % ROUND
-    ends = np.cumsum(lengths)
-    positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
+    fill = filler(lengths, -len(tokens) % ROUND)
+    tokens += (tokens * ROUND)[: sum(fill)]
+    targets += [UNPREDICTED] * sum(fill)
+    lengths += fill
+    positions = np.concatenate([np.arange(n) for n in lengths])
     batch = Batch(
-        torch.tensor(tokens + [0] * rest),
-        torch.tensor(targets + [UNPREDICTED] * rest),
-        torch.from_numpy(np.concatenate([positions, np.arange(rest)])),
-        (*lengths, rest) if rest else tuple(lengths),
-        0,
+        torch.tensor(tokens), torch.tensor(targets), torch.from_numpy(positions), tuple(lengths), 0,
         tuple(a.sample.seed for a in answers),
-    )
+    )  # fmt: skip
     n_S = torch.tensor([len(a.sample.tokens) for a in answers])
     stamps = torch.tensor([v for a in answers for v in a.sample.versions])
     return Rollout(
@@ -126,17 +124,28 @@ def batched(answers: Sequence[Answer], version: int) -> Rollout:
         stamps == version,
         torch.tensor([a.advantage for a in answers]).repeat_interleave(n_S),
         torch.tensor([a.weight for a in answers]).repeat_interleave(n_S),
-        _routes([a.sample for a in answers], rest),
+        _routes([a.sample for a in answers], len(tokens)),
     )
 
 
-def _routes(samples: Sequence[Sample], rest: int) -> Tensor | None:
-    """None where any answer lacks them."""
+def filler(lengths: Sequence[int], n: int) -> list[int]:
+    """Lengths of further segments, `n` tokens in all: the batch from its beginning once more.
+
+    They predict nothing; experts so see tokens of the kind they are for, which a run of padding would not be.
+    """
+    found: list[int] = []
+    while left := n - sum(found):
+        found.append(min(lengths[len(found) % len(lengths)], left))
+    return found
+
+
+def _routes(samples: Sequence[Sample], T: int) -> Tensor | None:
+    """Of the batch, repeated up to T tokens; None where any answer lacks them."""
     found = [s.routes_TLK for s in samples if s.routes_TLK is not None]
     if len(found) < len(samples):
         return None
-    filler = found[0][:1].expand(rest, -1, -1)
-    return torch.cat([*found, filler])
+    routes_TLK = torch.cat(found)
+    return routes_TLK[torch.arange(T) % len(routes_TLK)]
 
 
 @torch.no_grad()

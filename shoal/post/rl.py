@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shoal.data.draws import mix
 from shoal.data.tokenizer import Tokenizer
+from shoal.engine import native
 from shoal.engine.cache import bytes_per_token
 from shoal.engine.engine import LocalEngine
 from shoal.engine.pages import UNIT, units
@@ -111,11 +112,11 @@ def train_config(config: RLConfig, model: Transformer) -> PretrainConfig:
 
 
 def engine_for(config: RLConfig, model: Transformer) -> LocalEngine:
-    """With room for every answer of a step at once, and numbers that depend on nobody else's."""
+    """With room for every answer of a step at once. Where it costs little, no row's numbers depend on another's."""
     r, n_layers = config.rollout, model.config.n_layers
     tokens = units(PROMPT_TOKENS + r.max_tokens) * UNIT
     memory = r.prompts * r.group * tokens * bytes_per_token(model.config, n_layers, model.embed.weight.dtype)
-    return LocalEngine(model, memory, tokens, deterministic=True)
+    return LocalEngine(model, memory, tokens, deterministic=native.takes(model))
 
 
 def begun(
@@ -177,7 +178,7 @@ def collected(stage: Stage) -> tuple[list[Group], Tensor, list[Group]]:
     c, variant = stage.config, grpo.VARIANTS[stage.config.policy.variant]
     groups: list[Group] = []
     seen: list[Group] = []
-    for _ in range(1 + (c.rollout.refills if variant.refill else 0)):
+    for _ in range(1 + (c.rollout.refills if variant.refill and not c.rollout.slice else 0)):
         new = stage.rollouts.collect(c.rollout.prompts - len(groups))
         grade(stage, new, variant)
         seen += new

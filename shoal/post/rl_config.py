@@ -23,14 +23,14 @@ class RolloutConfig:
     """A step sees `prompts` prompts with `group` answers each, of at most `max_tokens`, drawn at temperature 1.
 
     `slice` bounds how many tokens of an answer one step draws; longer ones are carried over and finished by the next
-    weights, each token stamped with the version that drew it. None: answers are finished in their step.
+    weights. None: answers are finished in their step, and a variant that wants them gets `refills`.
     """
 
     prompts: int = 32
     group: int = 16
     max_tokens: int = 128
     slice: int | None = None
-    refills: int = 2  # rounds of further prompts where a variant replaces groups that teach nothing
+    refills: int = 2  # rounds of further prompts in place of groups that teach nothing
 
     def __post_init__(self):
         require(self, "rollout.", prompts=AT_LEAST_ONE, max_tokens=AT_LEAST_ONE, slice=AT_LEAST_ONE)
@@ -68,9 +68,15 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class RLConfig:
-    tasks: tuple[str, ...] = ("chain_sum", "countdown")
-    levels: tuple[int, ...] | None = None  # None: all a task has
-    curriculum: bool = True  # prefer levels that are sometimes right
+    """`model` is what to start from; `tasks` are names with commas between them, of `levels` (None: all they have).
+
+    `curriculum` prefers tasks and levels that are right now and then, which teach most.
+    """
+
+    model: str = ""
+    tasks: str = "chain_sum,countdown"
+    levels: tuple[int, ...] | None = None
+    curriculum: bool = True
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

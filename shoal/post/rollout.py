@@ -3,8 +3,8 @@
     prompts (a pure function of seed and index, or of the curriculum) → groups of streams → the engine → graded groups
 
 Every token is stamped with the version of the weights that drew it. With `slice`, a step draws at most so many tokens
-of an answer; those that aren't finished wait in the buffer and are gone on with by the next weights (partial rollouts).
-A group is handed out when all of its answers are finished, whole, once, in the order in which groups were begun.
+of an answer, so that nobody waits for the longest; what isn't finished is gone on with by the next weights (partial
+rollouts). A group is handed out when all of its answers are finished: whole, once, in the order they were begun.
 
 All of it follows from seed, index and weights: a draw depends on its stream's seed and position alone, so a resumed run
 draws what the uninterrupted one drew. `state` holds all there is to remember.
@@ -81,17 +81,13 @@ class Rollouts:
         self.engine.forget()
 
     def collect(self, n: int) -> list[Group]:
-        """`n` finished groups. Begins as many as are missing, draws, and keeps what isn't finished for later."""
-        done: list[Group] = []
-        while len(done) < n:
-            missing = n - len(done) - len(self.pending)
-            self.pending += [self._begun() for _ in range(missing)]
+        """`n` finished groups. With `slice`, about n a step: those that are finished after the next slice of all."""
+        self.pending += [self._begun() for _ in range(n if self.config.slice else n - len(self.pending))]
+        while True:
             self._draw([s for group in self.pending for s in group.samples if not s.finish])
-            finished = [group for group in self.pending if group.finished]
-            done += finished[: n - len(done)]
-            taken = {id(group) for group in done}
-            self.pending = [group for group in self.pending if id(group) not in taken]
-        return done
+            if done := [group for group in self.pending if group.finished]:
+                self.pending = [group for group in self.pending if not group.finished]
+                return done
 
     def _begun(self) -> Group:
         index = self.next_index
