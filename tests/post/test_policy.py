@@ -28,7 +28,7 @@ def test_log_probs_and_their_gradient_are_those_of_whole_logits():
     h, w, y = torch.randn(70, 16), torch.randn(40, 16), torch.arange(70) % 40
     grad = torch.randn(70)
     ours, theirs = [x.clone().requires_grad_() for x in (h, w)], [x.clone().requires_grad_() for x in (h, w)]
-    a = log_probs(*ours, y)
+    a = log_probs(ours[0], ours[1], y)
     b = (theirs[0] @ theirs[1].t()).log_softmax(-1).gather(1, y[:, None])[:, 0]
     assert torch.allclose(a, b, atol=1e-5)
     a.backward(grad)
