@@ -46,6 +46,12 @@ class TrainingError(ShoalError):
     exit_code = 4
 
 
+class SandboxError(ShoalError):
+    """No isolation to be had for code that a model wrote; it isn't run with less."""
+
+    exit_code = 3
+
+
 class RunError(ShoalError):
     """A run directory that is missing, in use by another process, or not what its name says."""
 

@@ -3,7 +3,7 @@
     resolve("countdown,addition")        the tasks that a user's text names
 
 `GENERATORS` are the corpus sources made of worked solutions (`data/sources.py`): `worked-arithmetic:20000` for all of
-arithmetic, `worked-NAME:20000` for one task. They hold nothing of the held-out split.
+arithmetic, `worked-tasks:20000` for all tasks, `worked-NAME:20000` for one. They hold nothing of the held-out split.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ from difflib import get_close_matches
 from functools import partial
 
 from shoal.errors import ConfigError
-from shoal.tasks import arithmetic, puzzles
+from shoal.tasks import arithmetic, puzzles, snippets
 from shoal.tasks.task import Task, draw
 
-TASKS = {task.name: task for task in (*arithmetic.TASKS, *puzzles.TASKS)}
+TASKS = {task.name: task for task in (*arithmetic.TASKS, *puzzles.TASKS, *snippets.TASKS)}
 
 
 def resolve(names: str) -> tuple[Task, ...]:
@@ -40,6 +40,7 @@ def worked(tasks: Sequence[Task], count: int, seed: int = 0) -> Iterator[tuple[s
         yield item.prompt, item.reasoning, item.answer
 
 
-GENERATORS = {"worked-arithmetic": partial(worked, arithmetic.TASKS)} | {
-    f"worked-{name}": partial(worked, (task,)) for name, task in TASKS.items()
-}
+GENERATORS = {
+    "worked-arithmetic": partial(worked, arithmetic.TASKS),
+    "worked-tasks": partial(worked, tuple(TASKS.values())),
+} | {f"worked-{name}": partial(worked, (task,)) for name, task in TASKS.items()}

@@ -4,7 +4,6 @@ import ast
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from itertools import combinations, pairwise
 from random import Random
 
@@ -37,7 +36,7 @@ def countdown(rng: Random, level: int) -> Made:
     lines, answer = search(numbers, target)
     listed = ", ".join(map(str, numbers))
     prompt = f"Use {listed} once each with + - * / to make {target}."
-    return Made(prompt, "\n".join(lines), answer, f"{listed} -> {target}", partial(makes_target, numbers, target))
+    return Made(prompt, "\n".join(lines), answer, f"{listed} -> {target}", Makes(numbers, target))
 
 
 def search(numbers: tuple[int, ...], target: int) -> tuple[list[str], str]:
@@ -58,20 +57,26 @@ def search(numbers: tuple[int, ...], target: int) -> tuple[list[str], str]:
     raise AssertionError((numbers, target))
 
 
-def makes_target(numbers: tuple[int, ...], target: int, answer: str) -> bool:
+@dataclass(frozen=True)
+class Makes:
     """An expression over + - * / that uses each number once and equals the target, in exact fractions.
 
     Parsed, never evaluated. The alphabet has no power and no more than 60 characters, so neither the parser's stack
     nor a number can grow; every constant is looked at before any arithmetic.
     """
-    if not re.fullmatch(r"[0-9+\-*/() ]{1,60}", answer) or "**" in answer or "//" in answer:
-        return False
-    try:
-        tree = ast.parse(answer.strip(), mode="eval").body
-        used = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, int)]
-        return sorted(used) == sorted(numbers) and evaluate(tree) == target
-    except (SyntaxError, ValueError, ZeroDivisionError):
-        return False
+
+    numbers: tuple[int, ...]
+    target: int
+
+    def __call__(self, answer: str) -> bool:
+        if not re.fullmatch(r"[0-9+\-*/() ]{1,60}", answer) or "**" in answer or "//" in answer:
+            return False
+        try:
+            tree = ast.parse(answer.strip(), mode="eval").body
+            used = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, int)]
+            return sorted(used) == sorted(self.numbers) and evaluate(tree) == self.target
+        except (SyntaxError, ValueError, ZeroDivisionError):
+            return False
 
 
 def evaluate(node: ast.expr) -> Fraction:

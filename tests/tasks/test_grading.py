@@ -83,7 +83,8 @@ def test_a_check_that_misbehaves_costs_its_own_answer_only(graders, how, outcome
 
 
 def test_outcomes_keep_the_order_of_the_pairs_whatever_the_workers():
-    items = [draw(tuple(TASKS.values()), 0, i, "train") for i in range(60)]
+    quick = [task for task in TASKS.values() if not task.seconds]
+    items = [draw(quick, 0, i, "train") for i in range(60)]
     pairs = [(it, it.answer if i % 3 else "nothing of the kind") for i, it in enumerate(items)]
     with Graders(workers=2) as graders:
         assert graders.grade(pairs) == ["right" if i % 3 else "wrong" for i in range(60)]

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from shoal.tasks.puzzles import ENDS, LEVELS, OPPOSITE, TASKS, Listed, makes_target
+from shoal.tasks.puzzles import ENDS, LEVELS, OPPOSITE, TASKS, Listed, Makes
 from shoal.tasks.task import Item, draw
 
 BY_NAME = {task.name: task for task in TASKS}
@@ -42,7 +42,7 @@ def items(name: str, level: int, count: int = 60) -> list[Item]:
     ],
 )
 def test_countdown_accepts_expressions_and_nothing_else(answer, right):
-    assert makes_target((3, 7, 8), 35, answer) is right
+    assert Makes((3, 7, 8), 35)(answer) is right
 
 
 @levels
