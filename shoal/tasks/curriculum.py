@@ -22,7 +22,7 @@ State = list[tuple[str, int, float]]  # task, level, pass rate; lists once it ha
 
 
 class Curriculum:
-    """`even`: every task and level as often as any other, whatever the pass rates. Raises ConfigError without a level."""
+    """`even`: every task and level as often as any other. Raises ConfigError where there is no level to choose."""
 
     def __init__(self, tasks: Sequence[Task], levels: Sequence[int] | None = None, even: bool = False):
         self.cells = [(t.name, level) for t in tasks for level in t.levels if levels is None or level in levels]
