@@ -334,6 +334,7 @@ class LocalEngine:
         self._seconds = seconds / steps
         with self._wake:
             self._steps += steps
+            self._tokens_out += sum(len(gain.tokens) for gain in gains)
             for stream in whole:
                 self._keep_full_pages(stream)
         if self._disk:
@@ -409,12 +410,12 @@ class LocalEngine:
             log.exception("a guide failed")
             error = FAILED
         stream.computed = w.start + (len(taken) if drafts or certain else len(w.tokens))
-        stream.drafted += len(drafts)
-        stream.accepted += accepted
-        with self._wake:
-            self._tokens_out += len(taken)
-            self._drafted += len(drafts)
-            self._accepted += accepted
+        if drafts:
+            stream.drafted += len(drafts)
+            stream.accepted += accepted
+            with self._wake:
+                self._drafted += len(drafts)
+                self._accepted += accepted
         return Gain(stream, tuple(taken), error)
 
     def _keep_full_pages(self, stream: Stream) -> None:

@@ -8,7 +8,7 @@ each token before the next one is chosen and may narrow, force or end what comes
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 MOST_STOPS, MOST_STOP_CHARS = 16, 256  # stop strings of an answer
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -63,15 +63,13 @@ class Guide(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # (token, log-probability), likeliest first
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     prompt: int = 0
     cached: int = 0  # of the prompt, found in the prefix cache
     completion: int = 0
@@ -79,8 +77,7 @@ class Usage:
     accepted: int = 0  # of those
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     usage: Usage = Usage()

@@ -19,6 +19,7 @@ Shapes: R rows, V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def rows(stream: Stream, draws: int) -> list[Row]:
     """For a stream's last token and the drafts behind it. The guide's word is for the first; no draft goes with it."""
     s, drafts, ahead = stream, [*stream.drafts, None], tuple(draft.token for draft in stream.drafts)
     first = Row(s.request.sampling, s.seed, s.tokens, s.n_prompt, (), s.forced, s.mask, drafts[0])
-    return [first._replace(ahead=ahead[:i], draft=drafts[i]) for i in range(draws)]
+    return [first, *(first._replace(ahead=ahead[:i], draft=drafts[i]) for i in range(1, draws))][:draws]
 
 
 def draft_row(stream: Stream) -> Row:
@@ -84,12 +85,13 @@ def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[Token]:
     if all(row.plain and row.greedy and row.sampling.logprobs is None for row in rows):
         return [Token(t) for t in logits_RV.argmax(-1).tolist()]
     raw_RV = logits_RV.cpu()
-    plain = [r for r, row in enumerate(rows) if row.plain and cpu.takes_draws(raw_RV)]
-    if not plain:
-        return _chosen(raw_RV, rows)
-    others = sorted({*range(len(rows))} - {*plain})
-    tokens = dict(zip(plain, _drawn(raw_RV[plain], [rows[r] for r in plain])))
-    tokens.update(zip(others, _chosen(raw_RV[others], [rows[r] for r in others])))
+    takes = cpu.takes_draws(raw_RV)
+    native = [takes and row.plain for row in rows]
+    if len({*native}) == 1:
+        return (_drawn if native[0] else _chosen)(raw_RV, rows)
+    tokens = {}
+    for way, mine in ((_drawn, native), (_chosen, [not n for n in native])):
+        tokens.update(zip(compress(range(len(rows)), mine), way(raw_RV[mine], [*compress(rows, mine)])))
     return [tokens[r] for r in range(len(rows))]
 
 

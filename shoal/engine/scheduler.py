@@ -115,12 +115,13 @@ class Scheduler:
 
     def _grow(self, stream: Stream, tokens: int) -> bool:
         missing = self._missing(stream, tokens, len(stream.pages))
-        while self.pages.available < missing:
+        while missing and self.pages.available < missing:
             last = self.running[-1]
             self._preempt(last)
             if last is stream:
                 return False
-        stream.pages += self.pages.take(missing)
+        if missing:
+            stream.pages += self.pages.take(missing)
         return True
 
     def _shared_soon(self, stream: Stream) -> bool:
