@@ -48,6 +48,7 @@ SHARE_OF_MEMORY = 0.25  # of what is free, for the cache, where nothing is said;
 CONTEXTS = 16
 LOAD_BYTES = 2**22  # of pages from the disk in a step, a few milliseconds of it
 TOGETHER_SECONDS = 0.05  # of steps that are taken together: as long a cancellation may wait
+ECHO_ROWS = 32  # of a prompt to echo, whose logits stand in memory at once
 IDLE_SECONDS = 0.2  # without a request, before the books are checked
 FAULTS = 3  # in a row, before the engine rests
 LONGEST_REST = 60  # seconds
@@ -320,6 +321,8 @@ class LocalEngine:
             hidden = hidden_TD.split([len(w.tokens) for w in work])
             gains, steps = self._draw(work, hidden_TD, logits_RV), 1
         for w, rows_TD in zip(work, hidden):
+            if w.stream.request.echo:
+                self._echo(w, rows_TD)
             if w.stream.request.embed:
                 w.stream.pool(rows_TD)
             elif self._speculator:
@@ -355,6 +358,17 @@ class LocalEngine:
         tokens, hidden = runner.steps(work, steps, bool(self._speculator))
         gains = [self._advance(w, its, certain=True) for w, its in zip(work, tokens) if its]
         return gains, hidden, max(map(len, tokens))
+
+    def _echo(self, w: Work, rows_TD: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that these rows foretell. Few at once: a row may be half a MiB."""
+        s = w.stream
+        if w.start == 0:
+            s.echoed = [Token(s.tokens[0])]
+        foretold = s.tokens[w.start + 1 : min(w.start + len(rows_TD) + 1, s.n_prompt)]
+        for i in range(0, len(foretold), ECHO_ROWS):
+            part = foretold[i : i + ECHO_ROWS]
+            rows = [sampler.Row(s.request.sampling, s.seed, (), 0)] * len(part)
+            s.echoed += sampler.with_logprobs(self._runner.head(rows_TD[i : i + len(part)]).cpu(), rows, part)
 
     def _load(self, disk: Disk) -> None:
         """Pages from the disk for whom they spare computing, so few a step that decoding streams hardly wait."""
@@ -447,7 +461,9 @@ class LocalEngine:
     ) -> None:
         stream.told += len(tokens)
         try:
-            stream.request.sink(Step(tokens, finish, stream.usage, error, () if error else stream.hidden))
+            ended = finish is not None and not error
+            hidden, prompt = (stream.hidden, tuple(stream.echoed)) if ended else ((), ())
+            stream.request.sink(Step(tokens, finish, stream.usage, error, hidden, prompt))
         except BaseException:  # even one that would end a thread: this one isn't the sink's
             log.exception("a sink failed; its request is cancelled")
             self.cancel(stream.request)

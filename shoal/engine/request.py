@@ -83,6 +83,7 @@ class Step(NamedTuple):
     usage: Usage = Usage()
     error: str | None = None  # what went wrong, for people, when finish is "error"
     hidden: tuple[float, ...] = ()  # at the end of a request to embed: the mean of its tokens' final hidden states
+    prompt: tuple[Token, ...] = ()  # at the end of one to echo: its tokens with their log-probabilities
 
 
 Sink = Callable[[Step], None]  # called on the engine's thread; must not block
@@ -92,7 +93,8 @@ Sink = Callable[[Step], None]  # called on the engine's thread; must not block
 class Request:
     """`priority`: lower goes first. Prefixes are shared only between requests of the same `salt` (a tenant's).
 
-    `embed`: nothing is drawn (`max_tokens` 0); the last Step has the mean hidden state. Each of its tokens is computed,
+    `embed`: nothing is drawn (`max_tokens` 0); the last Step has the mean hidden state. `echo`: the last Step has the
+    prompt, too, with `sampling.logprobs` of each token but the first. Either way each of its tokens is computed,
     whatever the prefix cache has.
     """
 
@@ -105,6 +107,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     embed: bool = False
+    echo: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from shoal.engine.pages import UNIT, Key, chained, root
-from shoal.engine.request import Finish, Request, Usage
+from shoal.engine.request import Finish, Request, Token, Usage
 
 
 class Draft(NamedTuple):
@@ -36,6 +36,7 @@ class Stream:
         self.forced: int | None = None
         self.mask: Tensor | None = None
         self.hidden: tuple[float, ...] = ()
+        self.echoed: list[Token] = []
         self.cached, self.told, self.drafted, self.accepted = None, 0, 0, 0
         self._keys: list[Key] = []
         self.pages: list[int] = []
@@ -62,6 +63,7 @@ class Stream:
     stored: int  # of its pages, offered to the disk
     pending: list[Tensor]  # [n, D] each: final hidden states of positions module_computed to computed
     drafts: list[Draft]
+    echoed: list[Token]  # the prompt as far as it was read, where it is to be echoed
     sum_D: Tensor | None  # of final hidden states, where the request is to be embedded
     cached: int | None  # of the prompt, found without computing it when it was first admitted
     told: int  # tokens that the sink was given
@@ -97,7 +99,7 @@ class Stream:
     def findable(self) -> int:
         """Units that may be found instead of computed: not that of the last token, which is drawn from, and none where
         each token's hidden state is wanted."""
-        return 0 if self.request.embed else (len(self.tokens) - 1) // UNIT
+        return 0 if self.request.embed or self.request.echo else (len(self.tokens) - 1) // UNIT
 
     def keys(self) -> Iterator[Key]:
         """Of the units that may be found."""

@@ -49,6 +49,8 @@ class Written:
     tools: dict[int, dict[str, Any]] = field(default_factory=dict)
     tokens: list[Token] = field(default_factory=list)
     hidden: tuple[float, ...] = ()
+    prompt: tuple[Token, ...] = ()  # where it is to be echoed
+    end: tuple[Token, ...] = ()
 
     def add(self, delta: Delta) -> None:
         self.tokens += delta.tokens
@@ -88,8 +90,12 @@ class Answer:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def text_choice(self, index: int, written: Written, finish: str) -> dict[str, Any]:
-        logprobs = self.text_logprobs(index, written.tokens) if self.logprobs else None
-        return {"index": index, "text": "".join(written.content), "logprobs": logprobs, "finish_reason": finish}
+        logprobs = (
+            self.text_logprobs(index, [*written.prompt, *written.tokens, *written.end]) if self.logprobs else None
+        )
+        echoed = b"".join(self.turns.piece(t.id) for t in written.prompt).decode(errors="replace")
+        text = echoed + "".join(written.content)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def opening(self, index: int) -> bytes:
         """The role comes first, alone, as OpenAI's streams begin."""
@@ -150,7 +156,10 @@ class Answer:
             "tokens": texts,
             "token_logprobs": [finite(t.logprob) for t in tokens],
             "top_logprobs": [
-                {self.turns.piece(i).decode(errors="replace"): finite(value) for i, value in t.top} for t in tokens
+                None  # the first of a prompt
+                if t.logprob is None
+                else {self.turns.piece(i).decode(errors="replace"): finite(value) for i, value in t.top}
+                for t in tokens
             ],
             "text_offset": offsets,
         }

@@ -235,6 +235,8 @@ class Batches:
         for event in generation.drained():
             for delta in event.deltas:
                 written[event.index].add(delta)
+            written[event.index].prompt += event.prompt
+            written[event.index].end += event.end
         shape = Answer(
             self.service.turns,
             ask.chat,

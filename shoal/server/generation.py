@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from shoal.engine.request import Engine, Guide, Request, Sink, Step
+from shoal.engine.request import Engine, Guide, Request, Sink, Step, Token
 from shoal.errors import RequestError
 from shoal.server.answer import Spent
 from shoal.server.auth import Key
@@ -81,6 +81,8 @@ class Event(NamedTuple):
     deltas: tuple[Delta, ...]
     finish: str | None = None
     hidden: tuple[float, ...] = ()  # of what was embedded
+    prompt: tuple[Token, ...] = ()  # of what is echoed
+    end: tuple[Token, ...] = ()  # the token that ended what is echoed; it shows nothing
 
 
 @dataclass(eq=False)
@@ -152,7 +154,9 @@ class Generation:
         if step.finish is not None:
             choice.finish = self.finish(choice, step)
         if deltas or choice.finish:
-            self.events.append(Event(choice.index, deltas, choice.finish, step.hidden))
+            self.events.append(
+                Event(choice.index, deltas, choice.finish, step.hidden, step.prompt, ending(choice, step))
+            )
             self.waiting += len(deltas)
             self.ready.set()
         if self.waiting > self.buffered and self.why is None:
@@ -192,6 +196,12 @@ class Generation:
             self.done = True
             self.ready.set()
             self.ended(self)
+
+
+def ending(choice: Choice, step: Step) -> tuple[Token, ...]:
+    """Who counts tokens of an echo counts this one: scores of a text leave out the one token that was drawn."""
+    last = step.tokens[-1:] if step.prompt else ()
+    return last if choice.request and any(t.id in choice.request.stop_tokens for t in last) else ()
 
 
 class Relay:

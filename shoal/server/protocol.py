@@ -4,7 +4,7 @@
 
 Fields are OpenAI's and DeepSeek's (`thinking`, `reasoning_effort`, `prefix`, FIM's `suffix`), and three of ours:
 `top_k`, `min_p`, `repetition_penalty`. Left out on purpose: images and audio (text models), chat templates and prompt
-embeddings from clients, `best_of`, `echo`.
+embeddings from clients, `best_of`.
 """
 
 from collections.abc import Mapping
@@ -317,6 +317,13 @@ class CompletionRequest(Drawn):
     prompt: Prompts
     suffix: str | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def what_an_echo_goes_with(self) -> "CompletionRequest":
+        if self.echo and (self.logprobs is None or self.stream or self.suffix is not None or (self.n or 1) > 1):
+            raise fault("echo goes with logprobs, and without stream, suffix and n")
+        return self
 
 
 class EmbeddingRequest(Strict):
@@ -340,16 +347,17 @@ class Ask:
 
     chat: bool
     model: str
-    messages: tuple[Mapping[str, Any], ...]
-    prompts: tuple[str | list[int], ...]
-    suffix: str | None
     form: Form
     sampling: Sampling
-    n: int
     max_tokens: int | None
-    stream: bool
-    include_usage: bool
     user: str | None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    prompts: tuple[str | list[int], ...] = ()
+    suffix: str | None = None
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
     embed: Literal["float", "base64"] | None = None  # how vectors are written, where they are all that is wanted
 
     @property
@@ -394,8 +402,6 @@ def read_chat(body: bytes) -> Ask:
         chat=True,
         model=asked.model,
         messages=tuple(message.model_dump(exclude_none=True) for message in asked.messages),
-        prompts=(),
-        suffix=None,
         form=form,
         sampling=asked.sampling((asked.top_logprobs or 0) if asked.logprobs else None),
         n=asked.n or 1,
@@ -418,7 +424,6 @@ def read_completion(body: bytes) -> Ask:
     return Ask(
         chat=False,
         model=asked.model,
-        messages=(),
         prompts=tuple(asked.prompt),
         suffix=asked.suffix,
         form=Form(stop=tuple(asked.stop or ())),
@@ -428,6 +433,7 @@ def read_completion(body: bytes) -> Ask:
         stream=bool(asked.stream),
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         user=asked.user,
+        echo=bool(asked.echo),
     )
 
 
@@ -439,15 +445,10 @@ def read_embedding(body: bytes) -> Ask:
     return Ask(
         chat=False,
         model=asked.model,
-        messages=(),
         prompts=tuple(asked.input),
-        suffix=None,
         form=Form(),
         sampling=Sampling(temperature=0),
-        n=1,
         max_tokens=0,
-        stream=False,
-        include_usage=False,
         user=asked.user,
         embed=asked.encoding_format or "float",
     )

@@ -234,6 +234,7 @@ class Service:
                 priority=priority,
                 salt=key.tenant,
                 embed=ask.embed is not None,
+                echo=ask.echo,
             )
             generation.choices.append(choice)
         return generation

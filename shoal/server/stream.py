@@ -170,8 +170,8 @@ class Answering(Response):
         else:
             finishes = [choice.finish or "stop" for choice in self.generation.choices]
             shape = partial(self.answer.whole, list(zip(written, finishes)), self.generation.spent())
-            vectors = any(w.hidden for w in written)  # a million numbers take a second to write down
-            body = await asyncio.to_thread(shape) if vectors else shape()
+            long = any(w.hidden or w.prompt for w in written)  # a million numbers take a second to write down
+            body = await asyncio.to_thread(shape) if long else shape()
         if not begun:
             await send(head)
         await self.give(send, body, more=False)
@@ -187,6 +187,8 @@ class Answering(Response):
                 for delta in event.deltas:
                     written[event.index].add(delta)
                 written[event.index].hidden += event.hidden
+                written[event.index].prompt += event.prompt
+                written[event.index].end += event.end
             if self.generation.problem is not None or all(c.finish for c in self.generation.choices):
                 return True
             if self.loop.time() - self.last_sent > self.limits.keep_alive_seconds:

@@ -147,10 +147,14 @@ class FakeEngine:
             tokens.append(Token(token, None if n is None else -0.5, top[: n or 0]))
             goes_on = request.guide is None or request.guide.accept(token)
             if token in request.stop_tokens or not goes_on:
-                return Step(tuple(tokens), "stop", run.usage)
+                return Step(tuple(tokens), "stop", run.usage, prompt=self.echoed(request))
             if run.at == request.max_tokens:
-                return Step(tuple(tokens), "length", run.usage)
+                return Step(tuple(tokens), "length", run.usage, prompt=self.echoed(request))
         return Step(tuple(tokens), None, run.usage)
+
+    def echoed(self, request: Request) -> tuple[Token, ...]:
+        first, *rest = request.tokens
+        return (Token(first), *(Token(t, -0.25, ((t, -0.25),)) for t in rest)) if request.echo else ()
 
     def found(self, request: Request) -> int:
         """Whole units of the prompt that a request of the same salt had before."""

@@ -100,6 +100,32 @@ def test_logprobs_of_both_kinds(served):
     assert plain.top_logprobs[0] == {"H": -0.5}
 
 
+def test_an_echo_has_the_prompt_its_scores_and_every_token_drawn(served):
+    asked = {"model": NAME, "prompt": list(b"abc"), "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    choice = served.client().completions.create(**asked).choices[0]
+    assert choice.text == "abcH" and choice.logprobs.tokens == ["a", "b", "c", "H"]
+    assert choice.logprobs.token_logprobs == [None, -0.25, -0.25, -0.5]
+    assert choice.logprobs.top_logprobs == [None, {"b": -0.25}, {"c": -0.25}, {"H": -0.5}]
+    assert choice.logprobs.text_offset == [0, 1, 2, 3]
+    several = served.client().completions.create(**asked | {"prompt": [list(b"ab"), list(b"cd")]}).choices
+    assert [c.text for c in several] == ["abH", "cdH"] and [len(c.logprobs.tokens) for c in several] == [3, 3]
+
+
+def test_an_echo_counts_the_token_that_ended_it(tmp_path):
+    """lm-evaluation-harness takes the last token for the one drawn, and it may show nothing."""
+    asked = {"model": NAME, "prompt": "ab", "max_tokens": 1, "logprobs": 1, "echo": True}
+    with Running(tmp_path, FakeEngine(lambda _: [END])) as s:
+        choice = s.client().completions.create(**asked).choices[0]
+    assert choice.text == "ab" and choice.logprobs.tokens == ["", "a", "b", ""]
+    assert choice.logprobs.token_logprobs == [None, -0.25, -0.25, -0.5]
+
+
+@pytest.mark.parametrize("fields", [{"logprobs": None}, {"stream": True}, {"suffix": "x"}, {"n": 2}])
+def test_an_echo_alone(served, fields):
+    asked = {"model": NAME, "prompt": "abc", "logprobs": 1, "echo": True} | fields
+    assert served.http.post("/v1/completions", json=asked).status_code == 400
+
+
 def test_completions_fill_the_middle_and_take_token_ids_and_lists(served):
     client = served.client()
     assert client.completions.create(model=NAME, prompt="def f(", suffix="return").choices[0].text == TEXT
