@@ -120,17 +120,21 @@ class KeepConfig:
 class DistillConfig(TuningConfig):
     """`teacher` is a model or a URL, `student` a model or a preset, `prompts` a JSONL file or tasks with a count.
 
-    `answers` names a file to keep the teacher's answers in; without it they lie in the run. `on_policy`: the student
-    writes, the teacher judges every token. `group` prompts a step then, `samples` answers each.
+    `answers` names a file to keep the teacher's answers in; without it they lie in the run. `tokenizer` is for a preset
+    whose teacher is a URL. `on_policy`: the student writes, `samples` times to each of `group` prompts a step, and the
+    teacher judges every token; `deterministic` lets such a run resume to the bit, and costs nothing where the engine's
+    native program takes the model (bf16 on a CPU that has it), much elsewhere.
     """
 
     teacher: str = ""
     student: str = ""
     prompts: str = ""
     answers: str = ""
+    tokenizer: str = ""
     samples: int = 4
     on_policy: bool = False
     group: int = 8
+    deterministic: bool = True
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
@@ -138,6 +142,3 @@ class DistillConfig(TuningConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self, "", samples=AT_LEAST_ONE, group=AT_LEAST_ONE)
-        if self.on_policy and self.epochs is not None:
-            fix = "give --steps N or --minutes M"
-            raise ConfigError(f"epochs {self.epochs:g} of samples that are drawn as it goes", "steps or minutes", fix)

@@ -1,5 +1,6 @@
 """A small tokenizer, tiny models, and things to say for the tests of this room."""
 
+from dataclasses import replace
 from functools import cache
 
 from shoal.data.tokenizer import Tokenizer
@@ -16,8 +17,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([" ".join(row) for row in ROWS], 320)
 
 
-def model(seed: int = 0) -> Transformer:
-    return Transformer(TINY).init_weights(seed)
+def model(seed: int = 0, init_std: float = 0.02) -> Transformer:
+    return Transformer(replace(TINY, init_std=init_std)).init_weights(seed)
 
 
 def talks() -> list[Conversation]:
