@@ -10,7 +10,7 @@ from shoal.cli import eval as verb
 from shoal.cli import score
 from shoal.errors import ConfigError
 from shoal.evals import record
-from shoal.evals.harness import Attempt, Rules
+from shoal.evals.harness import Attempt, Rules, problems
 from shoal.model import hf
 from shoal.model.presets import PRESETS
 from shoal.model.transformer import Transformer
@@ -78,7 +78,7 @@ def test_what_cannot_be_asked(model, flags):
 
 
 def test_problems_are_held_out_and_none_comes_twice():
-    found = verb.problems(resolve("addition,countdown"), 40, 0, [1])
+    found = problems(resolve("addition,countdown"), 40, 0, [1])
     assert {it.split for it in found} == {"held_out"} and {it.level for it in found} == {1}
     assert len({(it.task, it.content) for it in found}) == 40
 
