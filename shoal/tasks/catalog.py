@@ -15,6 +15,7 @@ from functools import partial
 from shoal.errors import ConfigError
 from shoal.tasks import arithmetic, files, gym, puzzles, sandbox, snippets
 from shoal.tasks.programs import PATIENCE
+from shoal.tasks.solutions import Habits, solutions
 from shoal.tasks.task import Task, draw
 
 FORMS = "a task's name, math:FILE, choice:FILE, code:FILE or reasoning-gym:NAME"
@@ -54,7 +55,11 @@ def worked(tasks: Sequence[Task], count: int, seed: int = 0) -> Iterator[tuple[s
         yield item.prompt, item.reasoning, item.answer
 
 
+QUICK_TASKS = ("chain_sum", "letter_count", "sorting", "countdown")  # what the quickstart's model meets and learns
+QUICK_LEVELS = (1, 2, 3)
+
 GENERATORS = {
+    "solutions": partial(solutions, tuple(map(find, QUICK_TASKS)), QUICK_LEVELS, Habits()),
     "worked-arithmetic": partial(worked, arithmetic.TASKS),
     "worked-tasks": partial(worked, tuple(TASKS.values())),
 } | {f"worked-{name}": partial(worked, (task,)) for name, task in TASKS.items()}

@@ -108,7 +108,7 @@ def test_a_run_goes_on_to_the_bit_with_answers_under_way(tmp_path, sliced, monke
     whole, _ = trained(tmp_path / "whole", config)
     stopped_at(2, monkeypatch)
     half, state = trained(tmp_path / "half", config)
-    assert state.counters.step == 2 and steps_left(state)
+    assert state.counters.step < state.counters.total_steps and steps_left(state)
     monkeypatch.undo()
     monkeypatch.setattr(rl, "reward", letters)
     monkeypatch.setattr(rl, "Rollouts", Restless)
