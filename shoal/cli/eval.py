@@ -16,7 +16,7 @@ from shoal.run import replace_text
 if TYPE_CHECKING:
     from shoal.tasks.task import Item
 
-FREE = "free"
+FREE, NAME = "free", "tasks"
 ANSWER_ROOM, LEAST_ROOM = 256, 1024  # tokens: behind the largest budget, and of a completion, where nothing is said
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     opened = open_model(args.model, args.dtype, args.threads)
     folder, step = place(opened.folder, args.out)
     found: dict = {}
-    if items:
+    if args.tasks:
         found = evaluated(opened, items, folder, step, args)
     if text:
         found["text"] = text_record(opened, text, folder, step, args)
@@ -47,6 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", default="", help="names with commas between them")
     parser.add_argument("--levels", type=levels, metavar="1,2", help="of difficulty; default: all that the tasks have")
     parser.add_argument("--items", type=int, default=200, help="problems in all; default 200")
+    parser.add_argument("--whole", action="store_true", help="all problems of files, not only the held-out eighth")
     parser.add_argument("--samples", type=int, default=1, help="attempts at each; default 1")
     parser.add_argument(
         "--budgets", type=budgets, default=[None], metavar="0,64,free",
@@ -60,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="FILE", help="bits per byte of this text, too")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default bfloat16")
     parser.add_argument("--threads", type=int, help="default: one a core")
-    parser.add_argument("--name", default="tasks", help="of the files; default tasks")
+    parser.add_argument("--name", default=NAME, help=f"of the files, and in the report; default {NAME}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the files; default: evals/ of MODEL's run")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)
@@ -85,7 +86,16 @@ def chosen(args: argparse.Namespace) -> "list[Item]":
         raise ConfigError(f"--items {args.items}", "1 or more", "ask for a problem")
     if not 1 <= args.samples <= MOST_ATTEMPTS:
         raise ConfigError(f"--samples {args.samples}", f"1 to {MOST_ATTEMPTS}", "16 say much already")
-    return problems(resolve(args.tasks), args.items, args.seed, args.levels)
+    tasks = resolve(args.tasks)
+    if not args.whole:
+        return problems(tasks, args.items, args.seed, args.levels)
+    if without := [task.name for task in tasks if not task.items]:
+        got, fix = f"--whole with {', '.join(without)}", "evaluate those alone, without --whole"
+        raise ConfigError(got, "tasks that are files, like math:FILE", fix)
+    found = [item for task in tasks for item in task.items if args.levels is None or item.level in args.levels]
+    if not found:
+        raise ConfigError(f"--levels {args.levels}", "levels that the files have", "leave it out")
+    return found
 
 
 def place(model: Path, out: Path | None) -> tuple[Path | None, int | None]:
@@ -109,7 +119,8 @@ def evaluated(opened: Opened, items: "list[Item]", folder: Path | None, step: in
         attempts = sweep(engine, opened.tokenizer, items, graders, rules, args.budgets, ends)
         failures = dict(graders.failures)
     curve = list(zip(args.budgets, attempts))
-    found = record.record(args.name, curve, rules, step)
+    name = ", ".join(dict.fromkeys(item.task for item in items)) if args.name == NAME else args.name
+    found = record.record(name, curve, rules, step, "problems" if args.whole else "held-out problems")
     if folder:
         record.write(folder, args.name, found, curve)
     if not args.json:

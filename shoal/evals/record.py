@@ -22,11 +22,11 @@ from shoal.run import replace_text
 Curve = Sequence[tuple[int | None, Attempts]]  # by budget
 
 
-def record(name: str, curve: Curve, rules: Rules, step: int | None = None) -> dict:
-    """The JSON of an evaluation."""
+def record(name: str, curve: Curve, rules: Rules, step: int | None = None, problems: str = "held-out problems") -> dict:
+    """The JSON of an evaluation; `problems` says which they were."""
     budgets = [{"budget": budget, "rows": table(by_level(attempts))} for budget, attempts in curve]
     whole, attempts = budgets[-1]["rows"][0], curve[-1][1]
-    of = f"{len(attempts)} held-out problems, {rules.samples} attempts each"
+    of = f"{len(attempts)} {problems}, {rules.samples} attempts each"
     return {
         "name": name,
         "metric": "accuracy",

@@ -14,7 +14,9 @@ from shoal.evals.harness import Attempt, Rules, problems
 from shoal.model import hf
 from shoal.model.presets import PRESETS
 from shoal.model.transformer import Transformer
+from shoal.tasks import catalog
 from shoal.tasks.catalog import resolve
+from shoal.tasks.task import Made, Task
 from tests.engine.outputs import TOKENIZER, VOCAB
 from tests.evals.spoken import ITEMS, item
 
@@ -102,3 +104,13 @@ def test_where_nothing_could_be_graded_nothing_is_claimed():
     found = record.record("x", [(0, [[a, a]])], Rules(2))
     assert found["value"] is None and found["interval"] is None
     assert verb.table(found)[1][-1] == "2" and "-" in verb.table(found)[1]
+
+
+def test_a_benchmark_may_be_taken_whole(monkeypatch):
+    asked = verb.parse(["m", "--tasks", "math:gsm", "--whole", "--levels", "1"])
+    made = Task("math:gsm", (1, 2), lambda rng, level: Made("", "", "", ""), tuple(ITEMS))
+    monkeypatch.setattr(catalog, "resolve", lambda names: (made,))
+    assert verb.chosen(asked) == ITEMS[:2]
+    monkeypatch.setattr(catalog, "resolve", lambda names: (made, replace(made, name="endless", items=())))
+    with pytest.raises(ConfigError, match="--whole with endless"):
+        verb.chosen(asked)
