@@ -362,13 +362,12 @@ class LocalEngine:
     def _echo(self, w: Work, rows_TD: Tensor) -> None:
         """Log-probabilities of the prompt's tokens that these rows foretell. Few at once: a row may be half a MiB."""
         s = w.stream
-        if w.start == 0:
-            s.echoed = [Token(s.tokens[0])]
+        s.echoed = s.echoed if w.start else [Token(s.tokens[0])]
         foretold = s.tokens[w.start + 1 : min(w.start + len(rows_TD) + 1, s.n_prompt)]
         for i in range(0, len(foretold), ECHO_ROWS):
             part = foretold[i : i + ECHO_ROWS]
-            rows = [sampler.Row(s.request.sampling, s.seed, (), 0)] * len(part)
-            s.echoed += sampler.with_logprobs(self._runner.head(rows_TD[i : i + len(part)]).cpu(), rows, part)
+            logits_RV = self._runner.head(rows_TD[i : i + len(part)]).cpu()
+            s.echoed += sampler.with_logprobs(logits_RV, [sampler.draft_row(s)] * len(part), part)
 
     def _load(self, disk: Disk) -> None:
         """Pages from the disk for whom they spare computing, so few a step that decoding streams hardly wait."""
