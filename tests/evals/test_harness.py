@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.data.chat import question
@@ -36,6 +36,7 @@ def flat(attempts):
     return [a for group in attempts for a in group]
 
 
+@settings(max_examples=40)
 @given(WEIGHTS, st.lists(st.integers(0, 50), min_size=1, max_size=4), st.integers(0, 9))
 def test_no_budget_is_exceeded_and_nought_is_no_thinking(weights, budgets, seed):
     for budget, attempts in zip(budgets, tried(Speaker(weights), budgets, Rules(3, max_tokens=60, seed=seed))):
@@ -46,6 +47,7 @@ def test_no_budget_is_exceeded_and_nought_is_no_thinking(weights, budgets, seed)
             assert (a.answer is None) == (extract_answer(a.completion) is None)
 
 
+@settings(max_examples=40)
 @given(WEIGHTS, st.integers(0, 40), st.integers(0, 9))
 def test_a_budget_among_others_gives_what_it_gives_alone(weights, budget, seed):
     rules = Rules(3, max_tokens=60, seed=seed)
@@ -53,6 +55,7 @@ def test_a_budget_among_others_gives_what_it_gives_alone(weights, budget, seed):
     assert tried(Speaker(weights), [None, 50, budget, 0], rules)[2] == alone
 
 
+@settings(max_examples=40)
 @given(WEIGHTS, st.integers(0, 9))
 def test_free_thinking_is_one_plain_request(weights, seed):
     speaker = Speaker(weights)
@@ -65,6 +68,7 @@ def test_free_thinking_is_one_plain_request(weights, seed):
             assert a.completion == TOKENIZER.decode([t.id for t in whole.tokens], skip_special=True)
 
 
+@settings(max_examples=40)
 @given(WEIGHTS, st.integers(1, 30))
 def test_thoughts_are_extended_to_the_least(weights, least):
     found = flat(tried(Speaker(weights), [40], Rules(3, max_tokens=60, at_least=least))[0])
@@ -144,6 +148,22 @@ def test_other_chat_forms_are_asked_by_their_template_and_begin_to_think(foreign
     text = TOKENIZER.decode(foreign.prompt(ITEMS[0]))
     assert text.endswith(f"<｜User｜>{ITEMS[0].prompt}{harness.ASK}<｜Assistant｜><think>")
     assert foreign.forced == [THINK_END_ID] and foreign.ends >= {EOS_ID}
+
+
+def test_budgets_hold_for_other_chat_forms_and_need_marks_of_thinking():
+    other = Tokenizer(TOKENIZER.text, chat_template=FOREIGN)
+    thinker: Any = Speaker((1, 0, 0, 1, 2, 2))
+    found = sweep(thinker, other, ITEMS, GRADERS, RULES, [0, 5])
+    for budget, attempts in zip((0, 5), found):
+        assert all(a.thinking_tokens <= budget for a in flat(attempts))
+        assert {a.outcome for a in flat(attempts)} <= {"right", "wrong"}
+    assert any(a.outcome == "right" for a in flat(found[0]))
+    bare = Tokenizer(TOKENIZER.text.replace("think>", "thunk>"), chat_template=FOREIGN)
+    speaker: Any = Speaker((0, 0, 0, 3, 1, 1))
+    plain = flat(sweep(speaker, bare, ITEMS, GRADERS, Rules(30), [None])[0])
+    assert not any(a.thinking_tokens for a in plain) and "right" in {a.outcome for a in plain}
+    with pytest.raises(ConfigError, match="no <think>"):
+        sweep(speaker, bare, ITEMS, GRADERS, RULES, [4])
 
 
 @pytest.fixture(scope="module")
