@@ -315,11 +315,16 @@ class LocalEngine:
     def _compute(self, work: list[Work]) -> list[Gain]:
         """One step of the model or a stretch of them, and what each stream got from it."""
         start, only_decoding = perf_counter(), all(w.stream.decoding for w in work)
-        gains, hidden, steps = self._advance_together(work)
+        chosen = [] if any(w.stream.request.routes for w in work) else None
+        gains, fed, hidden = self._advance_together(work, chosen)
+        steps = max(fed, default=1)
         if not gains:
-            hidden_TD, logits_RV = self._runner.run(work)
-            hidden = hidden_TD.split([len(w.tokens) for w in work])
-            gains, steps = self._draw(work, hidden_TD, logits_RV), 1
+            hidden_TD, logits_RV = self._runner.run(work, chosen)
+            fed = [len(w.tokens) for w in work]
+            gains, hidden = self._draw(work, hidden_TD, logits_RV), hidden_TD.split(fed)
+        for w, routes_TLK in zip(work, torch.cat(chosen).split(fed) if chosen else ()):
+            if w.stream.request.routes:
+                w.stream.follow_routes(w.start, routes_TLK)
         for w, rows_TD in zip(work, hidden):
             if w.stream.request.echo:
                 self._echo(w, rows_TD)
@@ -345,19 +350,21 @@ class LocalEngine:
                 self._store(self._disk, stream)
         return gains
 
-    def _advance_together(self, work: Sequence[Work]) -> tuple[list[Gain], list[Tensor], int]:
-        """Steps in one call of the native program, their hidden states where something drafts, and how many there were;
-        none where another than the seed has a say in a draw, or numbers aren't finite."""
+    def _advance_together(
+        self, work: Sequence[Work], chosen: list[Tensor] | None
+    ) -> tuple[list[Gain], list[int], list[Tensor]]:
+        """Steps in one call of the native program: how many of each stream, and their hidden states where something
+        drafts. None where another than the seed has a say in a draw, or numbers aren't finite."""
         runner = self._runner
         if not isinstance(runner, native.Native) or len(work) > runner.most_drawn:
-            return [], [], 0
+            return [], [], []
         if any(w.draws != 1 or not w.stream.plain for w in work):
-            return [], [], 0
+            return [], [], []
         drafting = self._speculator and self._speculator.worth(len(work)) is not None
         steps = 1 if drafting else max(1, min(runner.most_steps, int(TOGETHER_SECONDS / self._seconds)))
-        tokens, hidden = runner.steps(work, steps, bool(self._speculator))
+        tokens, hidden = runner.steps(work, steps, bool(self._speculator), chosen)
         gains = [self._advance(w, its, certain=True) for w, its in zip(work, tokens) if its]
-        return gains, hidden, max(map(len, tokens))
+        return gains, [len(its) for its in tokens] if gains else [], hidden
 
     def _echo(self, w: Work, rows_TD: Tensor) -> None:
         """Log-probabilities of the prompt's tokens that these rows foretell. Few at once: a row may be half a MiB."""
@@ -460,9 +467,9 @@ class LocalEngine:
     ) -> None:
         stream.told += len(tokens)
         try:
-            ended = finish is not None and not error
-            hidden, prompt = (stream.hidden, tuple(stream.echoed)) if ended else ((), ())
-            stream.request.sink(Step(tokens, finish, stream.usage, error, hidden, prompt))
+            s, ended = stream, finish is not None and not error
+            more = (s.hidden, tuple(s.echoed), s.routes) if ended else ()
+            s.request.sink(Step(tokens, finish, s.usage, error, *more))
         except BaseException:  # even one that would end a thread: this one isn't the sink's
             log.exception("a sink failed; its request is cancelled")
             self.cancel(stream.request)

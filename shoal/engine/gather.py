@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from threading import Event
 
+from torch import Tensor
+
 from shoal.engine.request import Finish, Request, Step, Token, Usage
 
 
@@ -14,6 +16,7 @@ class Result:
     finish: Finish
     usage: Usage
     error: str | None = None
+    routes: Tensor | None = None  # see Request
 
 
 class Gatherer:
@@ -36,7 +39,7 @@ class Gatherer:
         self._done.wait()
         last = self._last
         assert last.finish
-        return Result(tuple(self._tokens), last.finish, last.usage, last.error)
+        return Result(tuple(self._tokens), last.finish, last.usage, last.error, last.routes)
 
 
 def silent(step: Step) -> None:

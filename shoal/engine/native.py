@@ -67,20 +67,26 @@ class Native(Runner):
         V = model.config.vocab_size
         self.most_drawn = min(MOST, max(1, LOGITS_BYTES // (4 * V)))
         self._logits = torch.zeros(self.most_drawn, V)
+        n_chosen = [block.ffn.router.config.n_activated for block in model.layers if isinstance(block.ffn, MoE)]
+        self._chosen = torch.zeros(MOST, len(n_chosen), max(n_chosen, default=0), dtype=torch.int16)
         self._body, self._hidden, self._before_head, self._before_draw = self._write_body()
         self._head, self._drawn = self._write_head()
         self._drafter = self._write_module() if len(cache.layers) > model.config.n_layers else None
 
-    def run(self, work: Sequence[Work]) -> tuple[Tensor, Tensor]:
+    def run(self, work: Sequence[Work], chosen: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """In one call where all rows are drawn from: that is, while streams decode."""
         n = sum(len(w.tokens) for w in work)
         if n > self.most_drawn or n > sum(w.draws for w in work):
-            return super().run(work)
+            return super().run(work, chosen)
         (rows,) = self._parts([t for w in work for t in w.tokens], spans_of(work))
         self._body.run(rows, self._before_draw)
+        if chosen is not None:
+            chosen.append(self._chosen[:n].clone())
         return self._hidden[:n].clone(), self._logits[:n].clone()
 
-    def steps(self, work: Sequence[Work], steps: int, states: bool) -> tuple[list[list[Token]], list[Tensor]]:
+    def steps(
+        self, work: Sequence[Work], steps: int, states: bool, chosen: list[Tensor] | None = None
+    ) -> tuple[list[list[Token]], list[Tensor]]:
         """Up to so many steps in one call, of at most `most_drawn` streams that are `plain`: the tokens of each, and
         its hidden states [n, D] where those are wanted. A stream that ends, or has filled its pages, has fewer; all
         have where numbers aren't finite."""
@@ -94,18 +100,24 @@ class Native(Runner):
             [s.request.stop_tokens for s in streams],
         )
         (rows,) = self._parts([w.tokens[0] for w in work], spans_of(work))
-        taken, drawn, logprobs, made = self._body.run_steps(rows, draws, steps, self._hidden if states else None)
+        keep = [self._hidden] * states + [self._chosen] * (chosen is not None)
+        taken, drawn, logprobs, kept = self._body.run_steps(rows, draws, steps, keep)
+        parts = [[rows_SN[i, :n] for i, n in enumerate(taken)] for rows_SN in kept]
+        if chosen is not None:
+            chosen += parts[-1]
         tokens = [
             [*map(Token, its[:n], its_logprobs)] if wanted else [*map(Token, its[:n])]
             for n, its, its_logprobs, wanted in zip(taken, drawn.tolist(), logprobs.tolist(), draws.counted)
         ]
-        return tokens, [] if made is None else [made[i, :n] for i, n in enumerate(taken)]
+        return tokens, parts[0] if states else []
 
-    def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def body(self, tokens: Sequence[int], spans: Sequence[Span], chosen: list[Tensor] | None = None) -> Tensor:
         hidden = []
         for rows in self._parts(tokens, spans):
             self._body.run(rows, self._before_head)
             hidden.append(self._hidden[: len(rows.tokens)].clone())
+            if chosen is not None:
+                chosen.append(self._chosen[: len(rows.tokens)].clone())
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def module(
@@ -159,10 +171,10 @@ class Native(Runner):
 
     def _write_body(self) -> tuple[Program, Tensor, int, int]:
         p, m = Program(MOST, self.angles), self.model
-        x = p.embed(m.embed.weight, "x")
+        x, chosen = p.embed(m.embed.weight, "x"), iter(self._chosen.unbind(1))
         for block, kept in zip(m.layers, self.cache.layers):
             assert isinstance(block, Block)
-            write_block(p, block, x, kept)
+            write_block(p, block, x, kept, next(chosen) if isinstance(block.ffn, MoE) else None)
         hidden = p.norm(x, m.norm.weight, m.norm.eps, "hidden")
         before_head = len(p)
         p.linear(hidden, m.head.weight, self._logits)
@@ -217,14 +229,14 @@ def cut(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
         yield part
 
 
-def write_block(p: Program, block: Block, x: Tensor, kept: tuple[Tensor, ...]) -> None:
+def write_block(p: Program, block: Block, x: Tensor, kept: tuple[Tensor, ...], chosen_TK: Tensor | None = None) -> None:
     """model/block.py: x + attention(norm x), then x + feed-forward(norm x)."""
     h = p.norm(x, block.attn_norm.weight, block.attn_norm.eps, "h")
     o = write_attention(p, block.attn, h, kept)
     p.linear(o, block.attn.out.weight, x, add=True)
     h = p.norm(x, block.ffn_norm.weight, block.ffn_norm.eps, "h")
     if isinstance(block.ffn, MoE):
-        write_moe(p, block.ffn, h, x)
+        write_moe(p, block.ffn, h, x, chosen_TK)
     else:
         p.linear(p.gated(h, block.ffn.gate.weight, block.ffn.up.weight, "gated"), block.ffn.down.weight, x, add=True)
 
@@ -260,7 +272,7 @@ def write_grouped(p: Program, attn: GroupedAttention, h: Tensor, k_PUGK: Tensor,
     return p.attend_heads(q, k_PUGK, v_PUGK, attn.scale, "o")
 
 
-def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor) -> None:
+def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TK: Tensor | None) -> None:
     """model/moe.py: x + Σ weight · expert(h) + shared(h)."""
     c, shared = moe.router.config, None
     r = Routing(
@@ -274,7 +286,7 @@ def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor) -> None:
     )
     if moe.shared:
         shared = p.gated(h, moe.shared.gate.weight, moe.shared.up.weight, "shared_gated", beside=True)
-    p.route(h, moe.router.weight, moe.router.bias, r, beside=shared is not None)
+    p.route(h, moe.router.weight, moe.router.bias, r, chosen_TK, beside=shared is not None)
     if moe.shared and shared is not None:
         shared = p.linear(shared, moe.shared.down.weight, "shared")
     gated = p.experts_gated(h, moe.experts.gate_up, c.n_activated, "gated")

@@ -84,6 +84,7 @@ class Step(NamedTuple):
     error: str | None = None  # what went wrong, for people, when finish is "error"
     hidden: tuple[float, ...] = ()  # at the end of a request to embed: the mean of its tokens' final hidden states
     prompt: tuple[Token, ...] = ()  # at the end of one to echo: its tokens with their log-probabilities
+    routes: Any = None  # at the end of a request that asked for them: a tensor int16 [T, L, K]
 
 
 Sink = Callable[[Step], None]  # called on the engine's thread; must not block
@@ -93,9 +94,10 @@ Sink = Callable[[Step], None]  # called on the engine's thread; must not block
 class Request:
     """`priority`: lower goes first. Prefixes are shared only between requests of the same `salt` (a tenant's).
 
-    `embed`: nothing is drawn (`max_tokens` 0); the last Step has the mean hidden state. `echo`: the last Step has the
-    prompt, too, with `sampling.logprobs` of each token but the first. Either way each of its tokens is computed,
-    whatever the prefix cache has.
+    `embed`: nothing is drawn (`max_tokens` 0); the last Step has the mean hidden state. `echo`: it has the prompt, too,
+    with `sampling.logprobs` of each token but the first. `routes`: it has which K experts each of the L routers chose,
+    in no order, for every token that was fed (all but the last) when it first was. For any of them each token is
+    computed, whatever the prefix cache has.
     """
 
     tokens: tuple[int, ...]
@@ -108,6 +110,7 @@ class Request:
     salt: str = ""
     embed: bool = False
     echo: bool = False
+    routes: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ to the last bit, whoever else is in the batch, however prompts are cut into chun
 cache or computed, and whether a token came as a draft. Then a batch is no faster than its streams one after the other.
 native.py has another way to both.
 
-Shapes: T tokens of the step, D model, R rows drawn from, V vocabulary.
+Shapes: T tokens of the step, D model, R rows drawn from, V vocabulary, L layers with experts, K chosen.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,23 @@ class Runner:
     def __init__(self, model: Transformer, cache: Cache):
         self.model, self.cache = model, cache
 
-    def run(self, work: Sequence[Work]) -> tuple[Tensor, Tensor]:
-        """Hidden states after the final norm [T, D], in the order of `work`, and logits [R, V] (fp32)."""
-        hidden_TD = self.body([t for w in work for t in w.tokens], spans_of(work))
+    def run(self, work: Sequence[Work], chosen: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states after the final norm [T, D], in the order of `work`, and logits [R, V] (fp32).
+
+        What routers chose is appended to `chosen`, for all rows in order: int16 [n, L, K].
+        """
+        hidden_TD = self.body([t for w in work for t in w.tokens], spans_of(work), chosen)
         rows = drawn_rows(work)
         return hidden_TD, self.head(hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows])
 
-    def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def body(self, tokens: Sequence[int], spans: Sequence[Span], chosen: list[Tensor] | None = None) -> Tensor:
         """Hidden states after the final norm [T, D]; the cache's rows are written. The shortest spans come first."""
         embedded_TD = self.model.embed(self._tensor(tokens))
-        return self.model.body(embedded_TD, self._positions(spans), Paged(self.cache, spans))[0]
+        hidden_TD, routes = self.model.body(embedded_TD, self._positions(spans), Paged(self.cache, spans))
+        if chosen is not None:
+            experts = [r.experts_TK.to("cpu", torch.int16) for r in routes]
+            chosen.append(torch.stack(experts, 1) if experts else torch.empty(len(tokens), 0, 0, dtype=torch.int16))
+        return hidden_TD
 
     def module(
         self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span], drawn: Sequence[bool]
@@ -65,9 +72,10 @@ class Runner:
 
 
 class RowByRow(Runner):
-    def body(self, tokens: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def body(self, tokens: Sequence[int], spans: Sequence[Span], chosen: list[Tensor] | None = None) -> Tensor:
         alone = [Span(i, 1, span.pages) for span in spans for i in range(span.start, span.end)]
-        return torch.cat([super(RowByRow, self).body([t], [span]) for t, span in zip(tokens, alone, strict=True)])
+        one = super().body
+        return torch.cat([one([t], [span], chosen) for t, span in zip(tokens, alone, strict=True)])
 
     def head(self, hidden_RD: Tensor) -> Tensor:
         # cloned: a product may round otherwise where its rows begin at another alignment

@@ -11,6 +11,7 @@ The drafting module has rows of its own. They may lag behind: `pending` holds th
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from shoal.engine.pages import UNIT, Key, chained, root
@@ -38,6 +39,8 @@ class Stream:
         self.hidden: tuple[float, ...] = ()
         self.echoed: list[Token] = []
         self.cached, self.told, self.drafted, self.accepted = None, 0, 0, 0
+        self._routes: list[Tensor] = []
+        self._routed = 0  # tokens whose routes are known
         self._keys: list[Key] = []
         self.pages: list[int] = []
         self.hold([], 0)
@@ -98,8 +101,9 @@ class Stream:
     @property
     def findable(self) -> int:
         """Units that may be found instead of computed: not that of the last token, which is drawn from, and none where
-        each token's hidden state is wanted."""
-        return 0 if self.request.embed or self.request.echo else (len(self.tokens) - 1) // UNIT
+        each token's hidden state or routes are wanted."""
+        r = self.request
+        return 0 if r.embed or r.echo or r.routes else (len(self.tokens) - 1) // UNIT
 
     def keys(self) -> Iterator[Key]:
         """Of the units that may be found."""
@@ -111,6 +115,16 @@ class Stream:
         self.sum_D = sum_D if self.sum_D is None else self.sum_D + sum_D
         if self.computed == self.n_prompt:
             self.finish, self.hidden = "stop", tuple((self.sum_D / self.n_prompt).tolist())
+
+    def follow_routes(self, start: int, routes_TLK: Tensor) -> None:
+        """Keep those of the positions from `start` on that are fed for the first time, and stand."""
+        new = routes_TLK[max(self._routed - start, 0) : self.computed - start]
+        self._routes.append(new.clone())
+        self._routed += len(new)
+
+    @property
+    def routes(self) -> Tensor | None:
+        return torch.cat(self._routes) if self._routes else None
 
     def steer(self) -> None:
         """Ask the guide about the next token."""

@@ -54,9 +54,13 @@ class _Step(ctypes.Structure):
         *((name, c_int64) for name in ("T", "P", "singles", "chunks")),
         *((name, c_void_p) for name in "chunk_at token_T position_T slot_T stream_T table_SP cos sin".split()),
         *((name, c_void_p) for name in "expert_M row_M busy_E start_E weight_M".split()),
-        ("n_busy", c_int64),
+        *((name, c_int64) for name in ("n_busy", "routed")),
         *((name, c_void_p) for name in "temperature_S seed_S counted_S left_S stop_at stops drawn_T logprob_T".split()),
     ]
+
+
+class _Kept(ctypes.Structure):
+    _fields_ = [("from_", c_void_p), ("to", c_void_p), ("bytes", c_int64)]
 
 
 class Routing(NamedTuple):
@@ -99,13 +103,13 @@ class Draws(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Of each stream the first `taken` of tokens and, where wanted, log-probabilities [S, steps]; and the hidden states
-    that they were drawn from [S, steps, D], if asked for."""
+    """Of each stream the first `taken` of tokens and, where wanted, log-probabilities [S, steps]; and the rows behind
+    them [S, steps, …] of the buffers that were to be kept."""
 
     taken: list[int]
     tokens: Tensor
     logprobs: Tensor
-    states: Tensor | None
+    kept: list[Tensor]
 
 
 class Program:
@@ -188,13 +192,22 @@ class Program:
         sizes: dict[str, Any] = {"H": q.shape[1] // K, "G": G, "K": K}
         return self._add(Kind.ATTEND_HEADS, x=q, kept=k_PUGK, kept2=v_PUGK, y=y, scale=scale, **sizes)
 
-    def route(self, x: Tensor, weight_EK: Tensor, bias_E: Tensor, r: Routing, beside: bool = False) -> None:
-        """Every row's experts and what they count, for `experts_gated`, `experts_down` and `weigh` behind it."""
+    def route(
+        self,
+        x: Tensor,
+        weight_EK: Tensor,
+        bias_E: Tensor,
+        r: Routing,
+        chosen_TA: Tensor | None = None,
+        beside: bool = False,
+    ) -> None:
+        """Every row's experts and what they count, for `experts_gated`, `experts_down` and `weigh` behind it; the
+        experts are left in `chosen_TA` (int16), too."""
         logits = self.rows("logits", r.n_experts, torch.float32)
         self._add(Kind.LOGITS, x=x, w=weight_EK, y=logits, E=r.n_experts, K=x.shape[1])
         flags = (Flag.SIGMOID if r.sigmoid else 0) | (Flag.NORMED if r.normed else 0)
         sizes: dict[str, Any] = {"E": r.n_experts, "A": r.n_chosen, "groups": r.n_groups, "best_groups": r.best_groups}
-        self._add(Kind.ROUTE, beside, x=logits, bias=bias_E, flags=flags, scale=r.scale, **sizes)
+        self._add(Kind.ROUTE, beside, x=logits, bias=bias_E, y=chosen_TA, flags=flags, scale=r.scale, **sizes)
         chosen = self.most * r.n_chosen
         lengths = {"expert_M": chosen, "row_M": chosen, "busy_E": r.n_experts, "start_E": r.n_experts + 1}
         for name, length in lengths.items():
@@ -253,9 +266,9 @@ class Program:
             raise MemoryError("no room for the scores of attention")
         del held
 
-    def run_steps(self, rows: Rows, draws: Draws, steps: int, hidden: Tensor | None = None) -> Drawn:
+    def run_steps(self, rows: Rows, draws: Draws, steps: int, keep: Sequence[Tensor] = ()) -> Drawn:
         """So many steps of rows that are streams of their own, each fed the token drawn in the one before: as long as
-        the stream goes on, and all logits are finite. With the states in `hidden`."""
+        the stream goes on, and all logits are finite. `keep`: dense buffers of rows, whose last state isn't enough."""
         T, s = len(rows.tokens), self._step
         lists = {
             "temperature_S": ("f", draws.temperatures),
@@ -269,13 +282,13 @@ class Program:
         }
         held = self._bring(rows) + self._point(lists)
         tokens, logprobs = torch.empty(T, steps, dtype=torch.int64), torch.empty(T, steps, dtype=torch.float64)
-        D, taken = 0 if hidden is None else hidden.shape[1], torch.zeros(T, dtype=torch.int64)
-        states = None if hidden is None else hidden.new_empty(T, steps, D)
-        made = (hidden, D, tokens, logprobs, states, taken)
+        taken, kept = torch.zeros(T, dtype=torch.int64), [x.new_empty(T, steps, *x.shape[1:]) for x in keep]
+        pairs = [(x.data_ptr(), to.data_ptr(), x[0].nbytes) for x, to in zip(keep, kept)]
+        made = (tokens, logprobs, taken, (_Kept * len(pairs))(*pairs), len(pairs))
         if cpu.run("run_steps", self._whole(), len(self._code), byref(s), steps, *made):
             raise MemoryError("no room for the scores of attention")
         del held
-        return Drawn(taken.tolist(), tokens, logprobs, states)
+        return Drawn(taken.tolist(), tokens, logprobs, kept)
 
     def _whole(self) -> ctypes.Array[_Instruction]:
         if self._compiled is None:

@@ -51,11 +51,11 @@ def test_a_failing_guide_or_sink_fails_alone(made, caplog):
 def test_a_failing_step_ends_who_was_in_it(made, monkeypatch, caplog):
     engine, run, calls = made(), Runner.run, []
 
-    def sometimes(self, work):
+    def sometimes(self, work, chosen=None):
         calls.append(work)
         if len(calls) == 4:
             raise RuntimeError("secret/path")
-        return run(self, work)
+        return run(self, work, chosen)
 
     monkeypatch.setattr(Runner, "run", sometimes)
     with caplog.at_level(logging.CRITICAL):
@@ -114,10 +114,10 @@ def test_a_model_that_keeps_failing_takes_the_engine_down_for_a_while(made, monk
     engine, run = made(), Runner.run
     monkeypatch.setattr("shoal.engine.engine.LONGEST_REST", 0.3)
 
-    def broken(self, work):
+    def broken(self, work, chosen=None):
         if how == "raises":
             raise RuntimeError("CUDA error")
-        hidden_TD, logits_RV = run(self, work)
+        hidden_TD, logits_RV = run(self, work, chosen)
         return hidden_TD, logits_RV * torch.nan
 
     def failing() -> None:
@@ -147,8 +147,8 @@ def test_a_request_that_fails_among_others_takes_nobody_down(made, monkeypatch, 
     engine, run, running = made(), Runner.run, Event()
     others = request(prompt(9, 1), 200, sink=lambda step: running.set())
 
-    def poisoned(self, work):
-        hidden_TD, logits_RV = run(self, work)
+    def poisoned(self, work, chosen=None):
+        hidden_TD, logits_RV = run(self, work, chosen)
         bad = [w.stream.request.salt == "bad" for w in work for _ in range(w.draws)]
         logits_RV[torch.tensor(bad, dtype=torch.bool)] = torch.nan
         return hidden_TD, logits_RV

@@ -201,7 +201,7 @@ def test_steps_taken_together_say_the_same():
     together, single = LocalEngine(m, deterministic=True), LocalEngine(m, deterministic=True)
     single._runner.most_steps = 1
     stretches, steps = [], together._runner.steps  # type: ignore
-    together._runner.steps = lambda work, n, states: stretches.append(n) or steps(work, n, states)  # type: ignore
+    together._runner.steps = lambda work, n, *to: stretches.append(n) or steps(work, n, *to)  # type: ignore
     assert told(together, 11) == told(single, 11)
     assert max(stretches) == 8 and together.stats().steps >= 90
     together.close()

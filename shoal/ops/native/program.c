@@ -15,9 +15,9 @@
 #include "paged.h"
 #include <omp.h>
 #include <sched.h>
-#include <stdatomic.h>
 
-#define ROWS 256 /* in a task, of many */
+#define ROWS 256  /* in a task, of many */
+#define ROUTED 16 /* rows in a task of a router */
 
 INLINE __m512 silu(__m512 x) {
     __m512 one = _mm512_set1_ps(1.0f);
@@ -176,14 +176,9 @@ static void route_row(const Instruction *c, const float *logit, i64 *expert_A, f
     for (i64 a = 0; a < c->A; a++) weight_A[a] *= factor;
 }
 
-/* One task: every row's experts and weights, and the rows sorted by expert. */
-static void route(const Worker *t, i64 task) {
-    const Instruction *c = t->code;
-    Step *s = t->step;
+/* The rows sorted by expert. */
+static void sort_rows(const Instruction *c, Step *s) {
     i64 M = s->T * c->A, *start = s->start_E;
-    (void)task;
-    for (i64 row = 0; row < s->T; row++)
-        route_row(c, (const float *)c->x + row * c->E, s->expert_M + row * c->A, s->weight_M + row * c->A);
     memset(start, 0, (c->E + 1) * sizeof(i64));
     for (i64 m = 0; m < M; m++) start[s->expert_M[m] + 1]++;
     s->n_busy = 0;
@@ -194,6 +189,21 @@ static void route(const Worker *t, i64 task) {
     i64 next[c->E];
     memcpy(next, start, c->E * sizeof(i64));
     for (i64 m = 0; m < M; m++) s->row_M[next[s->expert_M[m]]++] = m;
+}
+
+/* A task: some rows' experts and weights, kept in y if there is one. Whoever ends last sorts all rows. */
+static void route(const Worker *t, i64 task) {
+    const Instruction *c = t->code;
+    Step *s = t->step;
+    i64 start = task * ROUTED, end = least(start + ROUTED, s->T);
+    for (i64 row = start; row < end; row++) {
+        i64 *expert_A = s->expert_M + row * c->A;
+        route_row(c, (const float *)c->x + row * c->E, expert_A, s->weight_M + row * c->A);
+        for (i64 a = 0; c->y && a < c->A; a++) ((int16_t *)c->y)[row * c->ys + a] = expert_A[a];
+    }
+    if (atomic_fetch_add(&s->routed, end - start) + end - start < s->T) return;
+    s->routed = 0;
+    sort_rows(c, s);
 }
 
 /* The row's next token. */
@@ -218,7 +228,7 @@ static i64 tasks(const Instruction *c, const Step *s) {
     if (kind == attend_latent) return s->singles * ceil_div(c->H, TOGETHER) + s->chunks * c->H;
     if (kind == attend_heads) return s->singles * c->G * ceil_div(c->H / c->G, TOGETHER) + s->chunks * c->H;
     if (kind == logits) return ceil_div(c->E, 4);
-    return kind == route ? 1 : s->T;
+    return kind == route ? ceil_div(s->T, ROUTED) : s->T;
 }
 
 typedef struct {
@@ -296,10 +306,10 @@ static int is_stop(const Step *s, i64 stream, i64 token) {
 
 /* Up to `steps` steps of rows that are streams of their own, each fed the token drawn in the one before; the program
  * ends with the draw. A stream that has drawn a stop, or all it may, leaves. Ends before a step that isn't finite.
- * Leaves tokens and log-probabilities [S, steps], in `states`, if given, the hidden states [S, steps, D] behind them,
- * and how many each stream has, taken [S] (zeros at first). Returns 1 where there is no memory. */
-int run_steps(const Instruction *code, i64 n, Step *s, i64 threads, i64 steps, const bf16 *hidden, i64 D, i64 *tokens,
-              double *logprobs, bf16 *states, i64 *taken) {
+ * Leaves tokens and log-probabilities [S, steps], the rows of `kept` behind them, and how many each stream has, taken [S]
+ * (zeros at first). Returns 1 where there is no memory. */
+int run_steps(const Instruction *code, i64 n, Step *s, i64 threads, i64 steps, i64 *tokens, double *logprobs,
+              i64 *taken, const Kept *kept, i64 n_kept) {
     while (steps && s->T) {
         if (run_program(code, n, s, threads)) return 1;
         for (i64 row = 0; row < s->T; row++)
@@ -309,7 +319,8 @@ int run_steps(const Instruction *code, i64 n, Step *s, i64 threads, i64 steps, c
             i64 stream = s->stream_T[row], token = s->drawn_T[row], at = stream * steps + taken[stream]++;
             tokens[at] = token;
             logprobs[at] = s->logprob_T[row];
-            if (states) memcpy(states + at * D, hidden + row * D, D * sizeof(bf16));
+            for (const Kept *k = kept; k < kept + n_kept; k++)
+                memcpy(k->to + at * k->bytes, k->from + row * k->bytes, k->bytes);
             if (taken[stream] == s->left_S[stream] || is_stop(s, stream, token)) continue;
             i64 next = s->position_T[row] + 1;
             s->token_T[stay] = token;

@@ -1,6 +1,7 @@
 /* What an instruction of program.c is, and what a step brings it. */
 #pragma once
 #include "tiles.h"
+#include <stdatomic.h>
 
 typedef struct { /* the same in ops/program.py */
     i64 kind, wait;
@@ -23,6 +24,7 @@ typedef struct { /* what a step brings, and room for what its routers choose */
     i64 *expert_M, *row_M, *busy_E, *start_E; /* M = T·A; rows sorted by expert, the experts that have any */
     float *weight_M;
     i64 n_busy;
+    _Atomic i64 routed; /* rows whose experts are chosen */
     /* How each stream's tokens are drawn, how many it may have, and its stops: from stop_at[i] on, up to the next's. */
     const float *temperature_S;
     const uint64_t *seed_S;
@@ -30,6 +32,12 @@ typedef struct { /* what a step brings, and room for what its routers choose */
     i64 *drawn_T;
     double *logprob_T;
 } Step;
+
+typedef struct { /* a buffer with a row for each of the step's, of which every step's are wanted */
+    const char *from;
+    char *to;
+    i64 bytes; /* of a row */
+} Kept;
 
 typedef struct {
     const Instruction *code;
