@@ -21,6 +21,7 @@ GROUPED = replace(
     LATENT, attention=GQAConfig(4, 2, 16, bias=True), moe=None, n_mtp=0, rope_scaling=None, tie_embeddings=True
 )
 KINDS = {"latent": LATENT, "grouped": GROUPED}
+WIDE = replace(PRESETS["mini"], vocab_size=512, max_positions=256)  # as LATENT, of sizes that the native program takes
 GREEDY = Sampling(temperature=0)
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from shoal.engine.engine import LocalEngine
+from shoal.engine.native import Native
 from shoal.engine.request import Sampling
 from shoal.model.attend import Packed
 from shoal.model.config import ModelConfig
 from shoal.model.transformer import Transformer
 from shoal.ops import cpu
-from tests.engine.models import GROUPED, LATENT, model, pages, prompt, request, speculating
+from tests.engine.models import GROUPED, LATENT, WIDE, model, pages, prompt, request, speculating
 
 DEEP = replace(LATENT, n_layers=4)
 
@@ -56,8 +57,9 @@ def test_routes_are_those_of_the_forward_pass(options: dict):
 @pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
 @pytest.mark.parametrize("options", [{}, {"max_batch_tokens": 50}, {"depth": 1}])
 def test_native_routes_are_nearly_always_those_of_the_forward_pass(options: dict):
-    m = Transformer(replace(DEEP, init_std=0.06)).init_weights(0).set_dtype(torch.bfloat16)
+    m = Transformer(replace(WIDE, n_layers=4)).init_weights(0).set_dtype(torch.bfloat16)
     engine = speculating(m, **options) if "depth" in options else LocalEngine(m, **options)
+    assert isinstance(engine._runner, Native)
     ours, theirs = told(engine, m)
     engine.close()
     same = (ours == theirs).all(-1).float().mean().item()
