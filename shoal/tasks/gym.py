@@ -1,9 +1,9 @@
 """Tasks of reasoning-gym, `reasoning-gym:NAME`, where it is installed.
 
-What is known of it and done about it: adjacent seeds share problems, so every draw is problem 0 of a 63-bit seed of its
-own. A missing or half right answer earns something, so only exactly 1.0 is right. Some scorers evaluate what the model
-wrote (countdown's among them, which a power tower hangs and a call takes over): those are refused by name, as far as
-the scorer's own module says eval, exec, sympify or parse_expr. The others run in a grader's process like every check.
+What is known of it and done about it: adjacent seeds share problems, so every draw is problem 0 of a seed of its own. A
+missing or half right answer earns something, so only exactly 1.0 is right. Some scorers evaluate what the model wrote
+(countdown's among them, which a power tower hangs and a call takes over): those are refused by name, as far as the
+scorer's own module says eval, exec, sympify or parse_expr. The others run in a grader's process like every check.
 """
 
 import inspect
@@ -37,13 +37,18 @@ def task(name: str) -> Task:
     if scorer is not ProceduralDataset.score_answer and module and EVALUATES.search(inspect.getsource(module)):
         got = f"task reasoning-gym:{name}, whose scorer evaluates text as code"
         raise ConfigError(got, "a scorer that compares", "take another of its datasets, or a task built in here")
+    try:
+        make(name, Random(0), 1)
+    except Exception as e:  # whatever its configs and generators raise
+        got = f"task reasoning-gym:{name}, which makes no problem: {str(e)[:200]}"
+        raise ConfigError(got, "a dataset that needs no settings", "take another of its datasets") from e
     return Task(f"reasoning-gym:{name}", (1,), partial(make, name), seconds=SECONDS)
 
 
 def make(name: str, rng: Random, level: int) -> Made:
-    entry = dataset(name, rng.getrandbits(63))[0]
-    question = entry["question"]
-    return Made(question, "", str(entry["answer"]), question, Scored(name, entry))
+    entry = dataset(name, rng.getrandbits(32))[0]
+    question, answer = entry["question"], entry["answer"]
+    return Made(question, "", "" if answer is None else str(answer), question, Scored(name, entry))
 
 
 def dataset(name: str, seed: int) -> Any:

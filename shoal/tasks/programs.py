@@ -24,9 +24,10 @@ class Returns:
     entry: str
     calls: tuple[tuple[Any, ...], ...]
     expected: tuple[Any, ...]
+    seconds: float = SECONDS
 
     def __call__(self, answer: str) -> bool:
-        with Cell() as cell:
+        with Cell(self.seconds) as cell:
             try:
                 cell.run(code_of(answer))
                 return all(same(cell.call(self.entry, args), value) for args, value in zip(self.calls, self.expected))
@@ -45,12 +46,13 @@ class Passes:
     remote: tuple[str, ...]
     entry: str = ""
     before: str = ""
+    seconds: float = SECONDS
 
     def __call__(self, answer: str) -> bool:
         code = code_of(answer)
         if self.before and not re.search(rf"^def {re.escape(self.entry)}\b", code, re.MULTILINE):
             code = self.before + code
-        with Cell() as model, Cell() as tests:
+        with Cell(self.seconds) as model, Cell(self.seconds) as tests:
             try:
                 model.run(code)
                 tests.write({"run": self.tests, "remote": self.remote})
