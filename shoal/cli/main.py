@@ -16,6 +16,7 @@ VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first 
     "pretrain": ("pretrain", "train a recipe; --resume continues one bit for bit"),
     "sft": ("sft", "fine-tune a model on conversations"),
     "rl": ("rl", "reinforce what graders call right: a base learns to reason"),
+    "distill": ("distill", "teach a student what a teacher says"),
     "chat": ("chat", "talk with a model in the terminal"),
     "generate": ("generate", "continue a prompt with a model"),
     "score": ("score", "log-probabilities and bits per byte of a text"),
