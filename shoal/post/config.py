@@ -101,14 +101,14 @@ class EndpointConfig:
 
 @dataclass(frozen=True)
 class KeepConfig:
-    """Which right answers are worth learning. `language` is a script that `language_share` of the letters must be in;
-    a line may come `repeats` times; `characters` bounds reasoning and answer together.
+    """Which right answers are worth learning. `language_share` of the words must be in `language`, which may be the
+    prompt's own; a line may come `repeats` times; `characters` bounds reasoning and answer together.
     """
 
     per_prompt: int = 4
     repeats: int = 8
     characters: int = 200_000
-    language: Literal["any", "english", "korean", "chinese"] = "any"
+    language: Literal["any", "prompt", "en", "ko", "zh"] = "any"
     language_share: float = 0.9
 
     def __post_init__(self):

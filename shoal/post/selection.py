@@ -4,14 +4,15 @@ Every answer gets one verdict, the first of VERDICTS that fits, so the counts ad
 disappears unseen. An answer is right when the task's own check says so; prompts without a task are not graded.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.evals.harness import boxed
 from shoal.post.answers import Answer
 from shoal.post.config import KeepConfig
 from shoal.post.conversations import Conversation, worked
+from shoal.post.rewards import language_of, language_share
 from shoal.tasks.grading import Graders
 from shoal.tasks.task import Item
 
@@ -21,18 +22,12 @@ VERDICTS = {
     "wrong": "the check says so, or there is no answer to check",
     "failed": "the check itself failed",
     "repeats": "a line comes again and again",
-    "language": "in another script",
+    "language": "in another language",
     "long": "more characters than wanted",
     "duplicate": "said before",
     "surplus": "more than wanted for its prompt",
     "kept": "to be learnt",
 }
-SCRIPTS = {
-    "english": re.compile(r"[A-Za-z]"),
-    "korean": re.compile(r"[\uac00-\ud7a3\u1100-\u11ff\u3130-\u318f]"),
-    "chinese": re.compile(r"[\u4e00-\u9fff\u3400-\u4dbf]"),
-}
-LETTER = re.compile(r"[^\W\d_]")
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,8 @@ def fault(answer: Answer, reasoning: str, content: str | None, outcome: str | No
         return outcome
     if most_repeated(text) > config.repeats:
         return "repeats"
-    if script_share(text, config.language) < config.language_share:
+    language = language_of(answer.prompt) if config.language == "prompt" else config.language
+    if language != "any" and language_share(text, language) < config.language_share:
         return "language"
     return "long" if len(text) > config.characters else None
 
@@ -108,32 +104,11 @@ def final_answer(content: str) -> tuple[str, str | None]:
         prose, opened, inside = content.rstrip().removesuffix("</answer>").rpartition("<answer>")
         if opened:
             return prose.strip(), inside.strip()
-    prose, opened, rest = content.rpartition("\\boxed{")
-    if opened:
-        inside = until_closed(rest)
-        return prose.strip(), inside
-    return "", content.strip() or None
-
-
-def until_closed(text: str) -> str | None:
-    """Up to the brace that closes what was opened before; None where none does."""
-    depth = 1
-    for i, c in enumerate(text):
-        depth += (c == "{") - (c == "}")
-        if not depth:
-            return text[:i].strip()
-    return None
+    prose, opened, _ = content.rpartition("\\boxed{")
+    return (prose.strip(), boxed(content)) if opened else ("", content.strip() or None)
 
 
 def most_repeated(text: str) -> int:
     """How often the commonest line comes."""
     lines = Counter(line.strip() for line in text.splitlines() if line.strip())
     return max(lines.values(), default=0)
-
-
-def script_share(text: str, language: str) -> float:
-    """Of the letters, those in the language's script; 1 where there are none, or any language will do."""
-    letters = "".join(LETTER.findall(text))
-    if language == "any" or not letters:
-        return 1.0
-    return len(SCRIPTS[language].findall(letters)) / len(letters)

@@ -6,7 +6,7 @@ import pytest
 
 from shoal.post.answers import Answer
 from shoal.post.config import KeepConfig
-from shoal.post.selection import Prompt, final_answer, script_share, select
+from shoal.post.selection import Prompt, final_answer, select
 from shoal.tasks.grading import Graders
 from shoal.tasks.task import Exactly, Item
 
@@ -21,7 +21,7 @@ def said(content: str, reasoning: str = "two and two", sample: int = 0, prompt: 
     return Answer(prompt, sample, reasoning, content, finish)
 
 
-CONFIG = KeepConfig(per_prompt=2, repeats=3, characters=80, language="english")
+CONFIG = KeepConfig(per_prompt=2, repeats=3, characters=80, language="prompt")
 
 
 def test_every_answer_has_its_verdict():
@@ -71,8 +71,3 @@ def test_prose_before_an_answer_is_reasoning_where_none_was_shown():
         found = select([Prompt("2 + 2", item("2 + 2"))], [said("Two twice: \\boxed{4}", "")], graders, CONFIG)
     ((_, turn),) = (talk.messages for talk in found.conversations)
     assert (turn.reasoning, turn.content) == ("Two twice:", "4")
-
-
-def test_scripts():
-    assert script_share("안녕 hello", "korean") == pytest.approx(2 / 7)
-    assert script_share("你好", "chinese") == script_share("12 + 3", "english") == script_share("où", "any") == 1
