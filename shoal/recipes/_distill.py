@@ -23,6 +23,7 @@ from shoal.recipes._teller import Teller
 from shoal.recipes._tune import failures_noted, follow, teach
 from shoal.run import Run, replace_text
 from shoal.tasks.grading import Graders
+from shoal.train.step import TrainState
 
 
 def from_samples(
@@ -43,7 +44,7 @@ def from_samples(
             return 130
         samples = samples_of(lessons, tokenizer, config.batch.context)
     teller.say(f"data     {samples}")
-    return teach(config, run, student, tokenizer, samples, teller, resume)
+    return teach(config, run, student, tokenizer, samples, teller, resume, "distill")
 
 
 def ask(config: DistillConfig, run: Run, teacher: Teacher, teller: Teller) -> list[Conversation] | None:
@@ -81,9 +82,8 @@ def on_policy(
 ) -> int:
     """0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
     prompts = prompts_of(config.prompts, config.seed)
-    return follow(
-        run,
-        teller,
-        resume,
-        lambda: distill_on_policy(config, run, student, teacher, tokenizer, prompts, resume, teller.show, teller.say),
-    )
+
+    def train() -> TrainState:
+        return distill_on_policy(config, run, student, teacher, tokenizer, prompts, resume, teller.show, teller.say)
+
+    return follow("distill", run, teller, resume, train)

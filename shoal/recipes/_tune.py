@@ -29,14 +29,17 @@ def teach(
     samples: Samples,
     teller: Teller,
     resume: bool = False,
+    verb: str = "sft",
 ) -> int:
     """Fine-tune. 0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
-    return follow(
-        run, teller, resume, lambda: sft(config, run, model, tokenizer, samples, resume, teller.show, teller.say)
-    )
+
+    def train() -> TrainState:
+        return sft(config, run, model, tokenizer, samples, resume, teller.show, teller.say)
+
+    return follow(verb, run, teller, resume, train)
 
 
-def follow(run: Run, teller: Teller, resume: bool, train: Callable[[], TrainState]) -> int:
+def follow(verb: str, run: Run, teller: Teller, resume: bool, train: Callable[[], TrainState]) -> int:
     """Keep the run's status while `train` works, and say what is next."""
     note_place(run, resume, teller)
     with failures_noted(run):
@@ -45,7 +48,7 @@ def follow(run: Run, teller: Teller, resume: bool, train: Callable[[], TrainStat
     step, seconds = state.counters.step, state.counters.seconds
     if steps_left(state):
         run.status(state="stopped", step=step)
-        teller.say(f"stopped at step {step}; continue with the same verb and --resume {typed(run)}")
+        teller.say(f"stopped at step {step}; continue with: shoal {verb} --resume {typed(run)}")
         return 130
     run.status(state="done", step=step)
     teller.say(f"result   {step} steps in {seconds / 60:.1f} minutes; the model is in {typed(run)}")
