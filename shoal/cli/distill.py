@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 def start(asked: Asked, config: DistillConfig, origins: dict[str, str], command: Sequence[str]) -> int:
     from shoal.post.distill import prompts_of
 
-    prompts_of(config.prompts, config.seed)  # what can't be asked is refused before anything is made
+    prompts_of(config.prompts, config.seed, config.levels)  # what can't be asked is refused before anything is made
     if is_url(config.teacher):
         teacher_of(config, None)
     run = Run.create(asked.recipe or "distill", asked.out, config, origins, command)

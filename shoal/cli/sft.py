@@ -85,7 +85,7 @@ def samples_of(config: SftConfig, opened: Opened, tell: "Teller") -> "Samples":
     from shoal.post.packing import Packer, samples_of
 
     b = config.batch
-    samples = samples_of(of_data(config.data, config.seed), opened.tokenizer, b.context)
+    samples = samples_of(of_data(config.data, config.seed, config.levels), opened.tokenizer, b.context)
     tell.say(f"data     {config.data}: {samples}")
     packer = Packer(samples, opened.tokenizer.byte_lengths(), b.context * b.samples, config.seed)
     an_epoch = -(-packer.batches(1) // b.accumulate)

@@ -26,6 +26,7 @@ class TuningConfig:
     """How a model goes on learning. One of `epochs`, `steps` and `minutes` says how long.
 
     `batch.context` is the longest sample in tokens; a batch of context · samples tokens is filled with whole samples.
+    `levels` are those of tasks, where problems are drawn; None: all they have.
     """
 
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -39,6 +40,7 @@ class TuningConfig:
     minutes: float | None = None
     dtype: Literal["bf16", "fp32"] = "bf16"
     recompute: bool = False
+    levels: tuple[int, ...] | None = None
     threads: int | None = None
     seed: int = 0
 

@@ -8,7 +8,7 @@ reading with a DataError that names it: training on what was left by a silent fi
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,22 @@ def worked(prompt: str, reasoning: str, answer: str, where: str = "") -> Convers
     return Conversation((Message("user", prompt), Message("assistant", answer, reasoning)), where=where)
 
 
-def of_data(data: str, seed: int) -> list[Conversation]:
+def of_data(data: str, seed: int, levels: Sequence[int] | None = None) -> list[Conversation]:
     """A JSONL file, or `tasks:NAMES:COUNT`: worked solutions of so many problems of the training split."""
     if not data:
         fix = "give --data FILE.jsonl, or --data tasks:addition:2000"
         raise DataError("no data", "conversations to learn", fix)
     if not data.startswith(TASKS_PREFIX):
         return list(read(Path(data)))
-    found = [worked(i.prompt, i.reasoning, i.answer, i.task) for i in items(data, seed) if i.reasoning and i.answer]
+    found = [
+        worked(i.prompt, i.reasoning, i.answer, i.task) for i in items(data, seed, levels) if i.reasoning and i.answer
+    ]
     if not found:
         raise DataError(f"{data}, which has no worked solutions", "tasks that show their work", "take other tasks")
     return found
 
 
-def items(tasks: str, seed: int) -> list[Item]:
+def items(tasks: str, seed: int, levels: Sequence[int] | None = None) -> list[Item]:
     """Problems of the training split, each once: `tasks:countdown,chain_sum:2000`, prefix and count as you like.
 
     Fewer than asked for where the tasks are so small that the draws repeat themselves.
@@ -60,7 +62,7 @@ def items(tasks: str, seed: int) -> list[Item]:
     if not (colon and count.isdigit() and int(count)):
         names, count = tasks.removeprefix(TASKS_PREFIX), str(DEFAULT_COUNT)
     found = resolve(names)
-    drawn = (draw(found, seed, index, "train") for index in range(int(count)))
+    drawn = (draw(found, seed, index, "train", levels) for index in range(int(count)))
     return list({(item.task, item.content): item for item in drawn}.values())
 
 

@@ -40,7 +40,7 @@ class Cost:
         return f"{self.answers:,} answers, {self.tokens_in:,} tokens in, {self.tokens_out:,} out{price}"
 
 
-def prompts_of(source: str, seed: int) -> list[Prompt]:
+def prompts_of(source: str, seed: int, levels: Sequence[int] | None = None) -> list[Prompt]:
     """A JSONL file of `{"prompt": …}` or `{"messages": …}` (its first user's turn), or tasks with a count.
 
     Each once. Raises DataError, ConfigError.
@@ -50,7 +50,7 @@ def prompts_of(source: str, seed: int) -> list[Prompt]:
     if Path(source).is_file() or (source.endswith(".jsonl") and ":" not in source):
         found = [Prompt(prompt_in(row, where)) for where, row in rows(Path(source))]
     else:
-        found = [Prompt(item.prompt, item) for item in items(source, seed)]
+        found = [Prompt(item.prompt, item) for item in items(source, seed, levels)]
     unique = list({prompt.text: prompt for prompt in found}.values())
     if not unique:
         raise ConfigError(f"{source} without a prompt", "at least one", "look at the file")

@@ -49,7 +49,7 @@ def from_samples(
 
 def ask(config: DistillConfig, run: Run, teacher: Teacher, teller: Teller) -> list[Conversation] | None:
     """What the student should learn; None where somebody asked to stop before all was there."""
-    prompts = prompts_of(config.prompts, config.seed)
+    prompts = prompts_of(config.prompts, config.seed, config.levels)
     run.status(state="asking")
     path = Path(config.answers) if config.answers else run.path / "samples.jsonl"
     with Answers(path, teacher.name, teacher.settings) as file:
@@ -81,7 +81,7 @@ def on_policy(
     resume: bool = False,
 ) -> int:
     """0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
-    prompts = prompts_of(config.prompts, config.seed)
+    prompts = prompts_of(config.prompts, config.seed, config.levels)
 
     def train() -> TrainState:
         return distill_on_policy(config, run, student, teacher, tokenizer, prompts, resume, teller.show, teller.say)

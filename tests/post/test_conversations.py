@@ -74,5 +74,6 @@ def test_worked_solutions_of_the_training_split():
     found = items("addition,countdown:40", 0)
     assert {i.task for i in found} == {"addition", "countdown"} and {i.split for i in found} == {"train"}
     assert len({(i.task, i.content) for i in found}) == len(found)
+    assert {i.level for i in items("addition:40", 0, [2, 3])} == {2, 3}
     with pytest.raises(ConfigError, match="did you mean addition"):
         of_data("tasks:adition:3", 0)
