@@ -33,10 +33,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a deadline of half a second for code instead of two")
     seconds = 0.5 if parser.parse_args().quick else sandbox.SECONDS
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as temporary:
         found = cases(Path(folder), seconds)
+        tempfile.tempdir = temporary  # for our side of graders and cells, to see what they leave
         outcomes = graded(found)
-    report(found, outcomes, left_behind(), seconds, time.perf_counter() - began)
+        tempfile.tempdir = None
+        left = left_behind(Path(temporary))
+    report(found, outcomes, left, seconds, time.perf_counter() - began)
 
 
 def graded(found: list[Case]) -> list[tuple[Outcome, Outcome]]:
@@ -51,12 +54,12 @@ def graded(found: list[Case]) -> list[tuple[Outcome, Outcome]]:
     return [*zip(hacks, twins)]
 
 
-def left_behind() -> list[str]:
-    """Processes of ours, and folders of cells, that should be no more."""
+def left_behind(temporary: Path) -> list[str]:
+    """Processes of ours, cells that lost their parent too, and files, that should be no more."""
     time.sleep(0.5)  # for the kernel to bury the dead
-    processes = [" ".join(p.cmdline())[:80] for p in psutil.Process().children(recursive=True)]
-    folders = [str(f) for f in Path(tempfile.gettempdir()).glob("shoal-cell-*") if f.stat().st_uid == os.getuid()]
-    return processes + folders
+    ours = {p.pid for p in psutil.Process().children(recursive=True)}
+    cells = {p.pid for p in psutil.process_iter(["cmdline"]) if str(sandbox.CELL) in (p.info["cmdline"] or ())}
+    return [*(f"process {pid}" for pid in ours | cells), *map(str, temporary.rglob("*"))]
 
 
 def report(found: list[Case], outcomes: list[tuple[Outcome, Outcome]], left: list[str], seconds: float, took: float):

@@ -17,10 +17,12 @@ import os
 import pickle
 import resource
 import selectors
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -105,11 +107,12 @@ class Worker:
 
     def __init__(self):
         path = os.pathsep.join(p for p in sys.path if p)
+        self.folder = tempfile.mkdtemp(prefix="shoal-grader-")  # what a killed worker leaves goes with it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "shoal.tasks.grading", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"),
+            env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", TMPDIR=self.folder),
             bufsize=0,
             start_new_session=True,  # Ctrl-C is the parent's to answer
         )
@@ -147,6 +150,7 @@ class Worker:
         self.process.wait()
         self.requests.close()
         self.replies.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def serve(parent: int) -> None:

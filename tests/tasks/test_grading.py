@@ -1,9 +1,11 @@
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from shoal.tasks.catalog import TASKS
 from shoal.tasks.grading import MAX_ANSWER, Graders
 from shoal.tasks.task import Item, draw
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def behave(how: str, answer: str) -> bool:
@@ -105,3 +109,34 @@ def test_a_killed_worker_is_replaced_and_none_is_left_behind():
         second = graders._workers[0].process.pid
         assert second != first
     assert not psutil.pid_exists(second)
+
+
+CODE = """
+import sys
+from shoal.tasks.grading import Graders
+from shoal.tasks.programs import Returns
+from shoal.tasks.task import Item
+item = Item("t", 1, "", "", "", Returns("f", ((1,),), (1,), 60.0), "c", 90.0)
+with Graders() as graders:
+    print("up", flush=True)
+    graders.grade([(item, "import time; time.sleep(100)")])
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("killed", ["ourselves", "the grader"])
+def test_a_cell_does_not_outlive_its_grader_nor_that_us(killed, tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    us = subprocess.Popen([sys.executable, "-c", CODE], stdout=subprocess.PIPE, env=environment, cwd=ROOT)
+    family = []
+    while len(family) < 3:  # the grader, and the cell's two processes
+        time.sleep(0.05)
+        family = psutil.Process(us.pid).children(recursive=True)
+    victim = family[0] if killed == "the grader" else psutil.Process(us.pid)
+    victim.kill()
+    us.wait(20)
+    deadline = time.monotonic() + 10
+    while alive := [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+    assert killed == "ourselves" or not list(tmp_path.iterdir())
