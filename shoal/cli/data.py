@@ -7,7 +7,7 @@ from time import perf_counter
 from shoal.data.config import DataConfig
 
 SOURCE_HELP = (
-    "python-stdlib, worked-arithmetic[:COUNT], a file, a folder, a glob, or hf:NAME; "
+    "python-stdlib, worked-NAME[:COUNT], a file, a folder, a glob, or hf:NAME; "
     "SOURCE@3 repeats it three times in training; may be given several times"
 )
 DEFAULT = DataConfig()

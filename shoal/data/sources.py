@@ -1,7 +1,8 @@
 """Where documents come from. A source is written as one string:
 
     python-stdlib               the running interpreter's own library source: real code on every machine, offline
-    worked-arithmetic:20000     that many generated items with their worked answers (`tasks/`), passed in by the caller
+    worked-arithmetic:20000     that many generated items with their worked answers, passed in by the caller (`tasks/`:
+                                worked-TASK for one task, worked-arithmetic and worked-tasks for several)
     path/to/folder, src/**/*.py, notes.txt, corpus.jsonl, corpus.parquet         files; a folder means every text in it
     hf:NAME_OR_FOLDER           a Hugging Face dataset's train split, with its `text` column
     SOURCE@3                    any of these, three times in the training split
@@ -33,7 +34,7 @@ Generator = Callable[[int], Iterator[tuple[str, str, str]]]  # count -> (prompt,
 
 GENERATED_ITEMS = 20_000
 TEXT_FIELDS = ("text", "content")
-FORMS = "python-stdlib, worked-arithmetic[:COUNT], a file, a folder, a glob, or hf:NAME"
+FORMS = "python-stdlib, worked-NAME[:COUNT], a file, a folder, a glob, or hf:NAME"
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ sys.exit(0 if grade() else 1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
