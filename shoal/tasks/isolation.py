@@ -14,7 +14,6 @@ x86-64 and of AArch64; on other machines seccomp is not to be had, and so no san
 import ctypes
 import errno
 import os
-import platform
 import resource
 import struct
 from contextlib import suppress
@@ -166,7 +165,7 @@ def limit(seconds: int, memory: int, own_user: bool) -> None:
 
 
 def number(column: tuple[int, int | None]) -> int:
-    found = column[MACHINES[platform.machine()][0]]
+    found = column[MACHINES[os.uname().machine][0]]
     assert found is not None
     return found
 
@@ -179,9 +178,9 @@ def drop_capabilities() -> None:
 
 def filter_calls() -> bool:
     """Seccomp, in BPF: allow the table above, answer EACCES to all else. Whether it could."""
-    if platform.machine() not in MACHINES:
+    if os.uname().machine not in MACHINES:
         return False
-    column, architecture = MACHINES[platform.machine()]
+    column, architecture = MACHINES[os.uname().machine]
     load, equal, any_bit, done = 0x20, 0x15, 0x45, 0x06
     allow, kill = 0x7FFF0000, 0x80000000
     deny, missing = 0x50000 | errno.EACCES, 0x50000 | errno.ENOSYS

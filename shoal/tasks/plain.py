@@ -7,17 +7,20 @@ with any keys, floats that are no numbers.
 """
 
 import json
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing takes longer than all else here
+    from typing import Any
 
 MAX_DEPTH = 50
 
 
-def dumps(value: Any) -> str:
+def dumps(value: object) -> str:
     """One line. Raises ValueError for anything that is not plain, or deeper than MAX_DEPTH."""
     return json.dumps(encode(value, MAX_DEPTH))
 
 
-def loads(line: str | bytes) -> Any:
+def loads(line: str | bytes) -> "Any":
     """Raises ValueError for anything that `dumps` doesn't write."""
     try:
         return decode(json.loads(line), MAX_DEPTH)
@@ -25,7 +28,7 @@ def loads(line: str | bytes) -> Any:
         raise ValueError(f"not plain: {type(e).__name__}") from None
 
 
-def encode(value: Any, depth: int) -> Any:
+def encode(value: "Any", depth: int) -> "Any":
     kind = type(value)
     if depth < 0:
         raise ValueError(f"deeper than {MAX_DEPTH}")
@@ -46,7 +49,7 @@ def encode(value: Any, depth: int) -> Any:
     raise ValueError(f"a {kind.__name__} is not plain")
 
 
-def decode(found: Any, depth: int) -> Any:
+def decode(found: "Any", depth: int) -> "Any":
     if depth < 0:
         raise ValueError(f"deeper than {MAX_DEPTH}")
     if isinstance(found, list):

@@ -39,7 +39,8 @@ class Returns:
 class Passes:
     """`tests` must run to their end where `remote` names stand for the answer's functions of those names.
 
-    `candidate` stands for `entry`. `before` goes ahead of an answer that doesn't define `entry` itself.
+    `candidate` stands for `entry`. `before` is the code that the answer goes on from, or writes anew; what it imports
+    and defines is there in both cases.
     """
 
     tests: str
@@ -50,8 +51,8 @@ class Passes:
 
     def __call__(self, answer: str) -> bool:
         code = code_of(answer)
-        if self.before and not re.search(rf"^def {re.escape(self.entry)}\b", code, re.MULTILINE):
-            code = self.before + code
+        anew = re.search(rf"^def {re.escape(self.entry)}\b", code, re.MULTILINE)
+        code = f"{self.before}\n{code}" if anew else self.before + code
         with Cell(self.seconds) as model, Cell(self.seconds) as tests:
             try:
                 model.run(code)

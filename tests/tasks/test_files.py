@@ -116,6 +116,7 @@ def test_code_is_judged_by_tests_it_never_sees(task):
     humaneval, mbpp = task("code", HUMANEVAL, MBPP).items
     assert humaneval.check(humaneval.answer) is True
     assert humaneval.check("    return x + x\n") is True
+    assert humaneval.check("def twice(x):\n    return helper(x) + x - 1") is True  # written anew
     assert humaneval.check("def twice(x):\n    return x") is False
     assert "assert" not in humaneval.prompt
     assert mbpp.check(mbpp.answer) is True
