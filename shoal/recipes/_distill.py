@@ -20,7 +20,7 @@ from shoal.post.selection import VERDICTS, select
 from shoal.post.teacher import Teacher
 from shoal.recipes._job import typed
 from shoal.recipes._teller import Teller
-from shoal.recipes._tune import failures_noted, follow, teach
+from shoal.recipes._tune import failures_noted, follow, require_memory, teach
 from shoal.run import Run, replace_text
 from shoal.tasks.grading import Graders
 from shoal.train.step import TrainState
@@ -81,6 +81,7 @@ def on_policy(
     resume: bool = False,
 ) -> int:
     """0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
+    require_memory(config, student)
     prompts = prompts_of(config.prompts, config.seed, config.levels)
 
     def train() -> TrainState:

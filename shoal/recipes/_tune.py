@@ -6,15 +6,18 @@ The caller has opened the model and holds the run's lock.
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 from shoal.data.tokenizer import Tokenizer
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
+from shoal.plan import memory
 from shoal.post.config import TuningConfig
 from shoal.post.packing import Samples
 from shoal.post.sft import sft
 from shoal.recipes._job import typed
+from shoal.recipes._plan import memory_step
 from shoal.recipes._teller import Teller
 from shoal.run import Run
 from shoal.train.loop import steps_left
@@ -32,6 +35,8 @@ def teach(
     verb: str = "sft",
 ) -> int:
     """Fine-tune. 0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
+
+    require_memory(config, model)
 
     def train() -> TrainState:
         return sft(config, run, model, tokenizer, samples, resume, teller.show, teller.say)
@@ -54,6 +59,13 @@ def follow(verb: str, run: Run, teller: Teller, resume: bool, train: Callable[[]
     teller.say(f"result   {step} steps in {seconds / 60:.1f} minutes; the model is in {typed(run)}")
     teller.say(f"next     shoal chat {typed(run)}")
     return 0
+
+
+def require_memory(config: TuningConfig, model: Transformer) -> None:
+    """Raises ResourceError, which says what would fit, where a step doesn't."""
+    device = model.embed.weight.device.type
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    memory.check(model.config, memory_step(config.training(model.config, 1), device), free)
 
 
 @contextmanager

@@ -10,5 +10,5 @@ from shoal.train.config import BatchConfig, OptimConfig
 def recipe() -> DistillConfig:
     return DistillConfig(
         batch=BatchConfig(context=1024, samples=4),
-        optim=OptimConfig(matrices="adamw", lr=1e-3, weight_decay=0.0),
+        optim=OptimConfig(matrices="muon", lr=4e-3, embed_lr=3.0, head_lr=0.3, weight_decay=0.0),
     )
