@@ -219,6 +219,11 @@ class Chat:
         answer, answer_end = (t.id(ANSWER), t.id(ANSWER_END)) if self.ours else (None, None)
         self.marks = Marks(self.plain.ends, think, think_end, answer, answer_end, self._calls(source or ""))
 
+    def close(self) -> None:
+        """End the process that renders a foreign template; whoever asks again starts another."""
+        if self.template:
+            self.template.child.close()
+
     def _calls(self, source: str) -> CallForm | None:
         if DEEPSEEK_MARKS[0] in source:
             return DEEPSEEK_CALLS if "```json" in source else BARE_DEEPSEEK_CALLS

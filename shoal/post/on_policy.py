@@ -69,11 +69,13 @@ def distill_on_policy(
     state = TrainState(config.training(student.config, config.steps), str(student.embed.weight.device), student)
     T, spare = config.batch.context * config.batch.samples, student.config.vocab_size - tokenizer.vocab_size
     byte_lengths = np.pad(tokenizer.byte_lengths(), (0, spare))  # a model may write tokens that spell nothing
-    ends = Chat(tokenizer).marks
-    stops = ends.ends | ({ends.answer_end} if ends.answer_end is not None else set())
-    with closing(LocalEngine(state.model, deterministic=config.deterministic)) as engine:
+    with (
+        closing(Chat(tokenizer)) as chat,
+        closing(LocalEngine(state.model, deterministic=config.deterministic)) as engine,
+    ):
+        stops = chat.marks.ends | ({chat.marks.answer_end} if chat.marks.answer_end is not None else set())
         longest = min(config.batch.context + 1, engine.context)  # the last token of a sample is no input
-        asked = questions(prompts, tokenizer, longest - 1, say)
+        asked = questions(prompts, chat, longest - 1, say)
 
         def batches() -> tuple[list[Batch], dict[str, float]]:
             began = perf_counter()
@@ -95,9 +97,8 @@ def distill_on_policy(
     return state
 
 
-def questions(prompts: Sequence[Prompt], t: Tokenizer, most: int, say: Callable[[str], None]) -> list[list[int]]:
+def questions(prompts: Sequence[Prompt], chat: Chat, most: int, say: Callable[[str], None]) -> list[list[int]]:
     """What the student is given, where that leaves room for an answer."""
-    chat = Chat(t)
     every = [chat.prompt((Message("user", prompt.text),)) for prompt in prompts]
     found = [tokens for tokens in every if len(tokens) <= most]
     if not found:

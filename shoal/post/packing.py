@@ -15,6 +15,7 @@ Shapes: T tokens of a batch, N of all samples, S samples.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -57,11 +58,11 @@ class Samples:
 
 def samples_of(conversations: Sequence[Conversation], tokenizer: Tokenizer, longest: int) -> Samples:
     """A sample of each assistant's turn that has at most `longest` inputs. Raises DataError."""
-    chat = Chat(tokenizer)
-    if not chat.ours and chat.template is None:
+    if not tokenizer.chat_template:
         fix = "start from a model with a chat template, or from one that Shoal trained"
         raise DataError("a tokenizer without chat marks", "a form in which turns can be written", fix)
-    pairs = [pair for talk in conversations for pair in turns(chat, talk)]
+    with closing(Chat(tokenizer)) as chat:
+        pairs = [pair for talk in conversations for pair in turns(chat, talk)]
     kept = [(given, said) for given, said in pairs if len(given) + len(said) - 1 <= longest]
     if not kept:
         got = f"no sample of at most {longest:,} tokens among {len(pairs):,}"

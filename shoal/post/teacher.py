@@ -5,8 +5,9 @@
 Both know nothing of caches, grading or cost. Closing the iterator stops asking.
 
 The URL's client is a page of the standard library. It sends /chat/completions, takes the reasoning from
-`reasoning_content` (or from `<think>` in the content), waits and tries again where the other side is busy, gone or slow
-(429, 5xx, no connection, no whole JSON), and gives up where asking again is of no use (a bad key, no such model).
+`reasoning_content` or `reasoning`, or from `<think>` in the content, waits and tries again where the other side is
+busy, gone or slow (429, 5xx, no connection, no whole JSON), and gives up where asking again is of no use (a bad key, no
+such model).
 """
 
 import json
@@ -71,7 +72,7 @@ class LocalTeacher:
 
     def ask(self, wanted: Sequence[Wanted]) -> Generator[Answer, None, None]:
         """Raises ModelError where the model's numbers aren't finite, ConfigError for a prompt beyond its context."""
-        with closing(LocalEngine(self.model)) as engine:
+        with closing(self.chat), closing(LocalEngine(self.model)) as engine:
             done: SimpleQueue[tuple[Wanted, Request, Result]] = SimpleQueue()
             for one in wanted:
                 engine.submit(self.request(one, engine.context, done))
@@ -202,7 +203,10 @@ def read_reply(one: Wanted, reply: Any) -> Answer:
     try:
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         message = choice["message"]
-        reasoning, content = message.get("reasoning_content") or "", message.get("content") or ""
+        reasoning, content = (
+            message.get("reasoning_content") or message.get("reasoning") or "",
+            message.get("content") or "",
+        )
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         if not reasoning:
             reasoning, content = parted(content)

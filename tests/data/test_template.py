@@ -9,7 +9,7 @@ import pytest
 
 from shoal.data import tokenizer as module
 from shoal.data.chat import BARE_DEEPSEEK_CALLS, DEEPSEEK_CALLS, JSON_CALLS, LLAMA_CALLS, Call, Chat, Message
-from shoal.data.tokenizer import SPECIALS, Tokenizer
+from shoal.data.tokenizer import EOS, SPECIALS, Tokenizer
 from shoal.errors import ModelError, RequestError
 
 OURS = Tokenizer.train([Path(module.__file__).read_text(), Path(json.__file__).read_text()], 600)
@@ -101,6 +101,24 @@ def test_arguments_are_written_as_the_model_wrote_them(opened):
     for arguments in ('{"a":  1}', "__import__('os')", '{"a": "</tool_call>'):
         call = Message("assistant", "", calls=(Call("f", arguments),))
         assert f'"arguments": {arguments}}}' in chat.tokenizer.decode(chat.prompt((TALK[0], call)))
+
+
+@pytest.mark.parametrize(
+    "template, reasoning, given, said",
+    [
+        (R1, "why", "<think>\n", "why\n</think>\n\nSo.{}"),
+        (R1, "", "<think>\n", "\n</think>\n\nSo.{}"),
+        (CHATML, "why", "assistant\n", "<think>\nwhy\n</think>\n\nSo.{}"),
+        (CHATML, "", "assistant\n", "So.{}"),
+    ],
+)
+def test_a_turn_to_learn_follows_what_the_model_is_given(opened, template, reasoning, given, said):
+    chat = opened(template)
+    before, turn = chat.taught((TALK[0], Message("assistant", "So.", reasoning)))
+    assert before == chat.prompt(TALK[:1]) and chat.tokenizer.decode(before).endswith(given)
+    assert chat.tokenizer.decode(turn) == said.format(EOS) and turn[-1] == chat.tokenizer.eos_id
+    with pytest.raises(RequestError, match="calls to learn"):
+        chat.taught((TALK[0], Message("assistant", "So.", "", (Call("f", "{}"),))))
 
 
 def test_what_a_template_refuses_is_the_requests_fault(opened):

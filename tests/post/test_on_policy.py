@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shoal.data.chat import Chat
 from shoal.data.tokenizer import Tokenizer
 from shoal.errors import DataError, ModelError
 from shoal.post import on_policy as module
@@ -67,10 +68,10 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, monkeypatch):
 
 def test_prompts_without_room_are_left_out():
     said = []
-    short = module.questions([*PROMPTS, Prompt("x" * 99)], tokenizer(), 31, said.append)
+    short = module.questions([*PROMPTS, Prompt("x" * 99)], Chat(tokenizer()), 31, said.append)
     assert len(short) == 6 and "1 too long" in said[0]
     with pytest.raises(DataError, match="no prompt of at most 2"):
-        module.questions(PROMPTS, tokenizer(), 2, said.append)
+        module.questions(PROMPTS, Chat(tokenizer()), 2, said.append)
 
 
 def test_another_vocabulary_is_refused():

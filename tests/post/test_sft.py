@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from shoal.errors import ConfigError, DataError
+from shoal.model import hf
+from shoal.model.config import GQAConfig
+from shoal.model.transformer import Transformer
 from shoal.post import sft as module
 from shoal.post.config import SftConfig, TuningConfig
 from shoal.post.packing import samples_of
@@ -76,6 +79,16 @@ def test_it_learns_and_leaves_a_model_folder(tmp_path):
     folder = max(run.checkpoints.glob("step-*"))
     assert {"config.json", "tokenizer.json", "generation_config.json"} <= {p.name for p in folder.iterdir()}
     assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+
+
+def test_dense_students_learn_too(tmp_path):
+    """A Qwen2's shape: grouped queries with biases, no experts, no multi-token module, tied ends."""
+    shape = replace(model().config, attention=GQAConfig(4, 2, 16, bias=True), moe=None, n_mtp=0, tie_embeddings=True)
+    run = Run.create("sft", tmp_path / "run", CONFIG, {}, ["shoal"])
+    samples, student = samples_of(talks(), tokenizer(), 64), Transformer(shape).init_weights(0)
+    sft(replace(CONFIG, epochs=None, steps=3), run, student, tokenizer(), samples)
+    losses = run.series("train/loss")[1]
+    assert losses[-1] < losses[0] and hf.load(run.checkpoints / "step-000003").config.attention == shape.attention
 
 
 def test_other_samples_are_refused_on_resume(tmp_path):
