@@ -72,10 +72,10 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, monkeypatch):
 
 
 def test_it_learns_and_leaves_a_model_folder(tmp_path):
-    run, _ = trained(tmp_path / "run", replace(CONFIG, epochs=5.0))
+    run, _ = trained(tmp_path / "run", replace(CONFIG, epochs=4.0, checkpoint=CheckpointConfig()))
     losses = run.series("train/loss")[1]
-    assert losses[-1] < 0.6 * losses[0]
-    assert run.series("train/epoch")[1][-1] == 5 and "speed/mfu" not in run.metrics()[0]
+    assert losses[-1] < 0.75 * losses[0]
+    assert run.series("train/epoch")[1][-1] == 4 and "speed/mfu" not in run.metrics()[0]
     folder = max(run.checkpoints.glob("step-*"))
     assert {"config.json", "tokenizer.json", "generation_config.json"} <= {p.name for p in folder.iterdir()}
     assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
