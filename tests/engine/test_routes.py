@@ -14,7 +14,7 @@ from shoal.model.transformer import Transformer
 from shoal.ops import cpu
 from tests.engine.models import GROUPED, LATENT, WIDE, model, pages, prompt, request, speculating
 
-DEEP = replace(LATENT, n_layers=4)
+DEEP = replace(LATENT, n_layers=3)
 
 
 def chosen(m: Transformer, tokens: list[int]) -> torch.Tensor:
