@@ -48,7 +48,6 @@ SHARE_OF_MEMORY = 0.25  # of what is free, for the cache, where nothing is said;
 CONTEXTS = 16
 LOAD_BYTES = 2**22  # of pages from the disk in a step, a few milliseconds of it
 TOGETHER_SECONDS = 0.05  # of steps that are taken together: as long a cancellation may wait
-ECHO_ROWS = 32  # of a prompt to echo, whose logits stand in memory at once
 IDLE_SECONDS = 0.2  # without a request, before the books are checked
 FAULTS = 3  # in a row, before the engine rests
 LONGEST_REST = 60  # seconds
@@ -327,7 +326,7 @@ class LocalEngine:
                 w.stream.follow_routes(w.start, routes_TLK)
         for w, rows_TD in zip(work, hidden):
             if w.stream.request.echo:
-                self._echo(w, rows_TD)
+                sampler.echo(w.stream, w.start, rows_TD, self._runner.head)
             if w.stream.request.embed:
                 w.stream.pool(rows_TD)
             elif self._speculator:
@@ -365,16 +364,6 @@ class LocalEngine:
         tokens, hidden = runner.steps(work, steps, bool(self._speculator), chosen)
         gains = [self._advance(w, its, certain=True) for w, its in zip(work, tokens) if its]
         return gains, [len(its) for its in tokens] if gains else [], hidden
-
-    def _echo(self, w: Work, rows_TD: Tensor) -> None:
-        """Log-probabilities of the prompt's tokens that these rows foretell. Few at once: a row may be half a MiB."""
-        s = w.stream
-        s.echoed = s.echoed if w.start else [Token(s.tokens[0])]
-        foretold = s.tokens[w.start + 1 : min(w.start + len(rows_TD) + 1, s.n_prompt)]
-        for i in range(0, len(foretold), ECHO_ROWS):
-            part = foretold[i : i + ECHO_ROWS]
-            logits_RV = self._runner.head(rows_TD[i : i + len(part)]).cpu()
-            s.echoed += sampler.with_logprobs(logits_RV, [sampler.draft_row(s)] * len(part), part)
 
     def _load(self, disk: Disk) -> None:
         """Pages from the disk for whom they spare computing, so few a step that decoding streams hardly wait."""
@@ -467,9 +456,10 @@ class LocalEngine:
     ) -> None:
         stream.told += len(tokens)
         try:
-            s, ended = stream, finish is not None and not error
-            more = (s.hidden, tuple(s.echoed), s.routes) if ended else ()
-            s.request.sink(Step(tokens, finish, s.usage, error, *more))
+            step = Step(tokens, finish, stream.usage, error)
+            if finish and not error:
+                step = step._replace(hidden=stream.hidden, prompt=tuple(stream.echoed), routes=stream.routes)
+            stream.request.sink(step)
         except BaseException:  # even one that would end a thread: this one isn't the sink's
             log.exception("a sink failed; its request is cancelled")
             self.cancel(stream.request)

@@ -18,7 +18,7 @@ boundary; that function alone draws them, whether a step is taken by itself or w
 Shapes: R rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from shoal.ops import cpu
 MIN_TEMPERATURE = 1e-3  # above 0, which is greedy; less would draw nothing but the likeliest either
 MOST_BIAS = 1e6  # stays finite in fp32 logits
 NUCLEUS = 64  # likeliest tokens looked at first for top-k and top-p; more only where they don't suffice
+ECHO_ROWS = 32  # of a prompt to echo, whose logits stand in memory at once: a row may be half a MiB
 DRAW, DRAFT, ACCEPT, INSTEAD = range(4)  # what a uniform number is for
 
 
@@ -240,6 +241,16 @@ def with_logprobs(raw_RV: Tensor, rows: Sequence[Row], tokens: Sequence[int]) ->
             best, best_tokens = log_p_AV[a].topk(n)  # alone: which of equals come first depends on n
             out[r] = Token(tokens[r], own_A[a], tuple(zip(best_tokens.tolist(), best.tolist())))
     return out
+
+
+def echo(stream: Stream, start: int, hidden_TD: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+    """Log-probabilities of the prompt's tokens that the rows from position `start` on foretell."""
+    stream.echoed = stream.echoed if start else [Token(stream.tokens[0])]
+    foretold = stream.tokens[start + 1 : min(start + len(hidden_TD) + 1, stream.n_prompt)]
+    for i in range(0, len(foretold), ECHO_ROWS):
+        part = foretold[i : i + ECHO_ROWS]
+        logits_RV = head(hidden_TD[i : i + len(part)]).cpu()
+        stream.echoed += with_logprobs(logits_RV, [draft_row(stream)] * len(part), part)
 
 
 def check(s: Sampling, vocab_size: int) -> None:
