@@ -187,8 +187,9 @@ class LocalEngine:
         """Submit all, wait for all; their sinks are called as well. Interrupted, it cancels what still runs."""
         gatherers = [Gatherer(request) for request in requests]
         try:
-            for gatherer in gatherers:
-                self.submit(gatherer.request)
+            with self._wake:  # the next step meets all of them: the same requests are the same batches
+                for gatherer in gatherers:
+                    self.submit(gatherer.request)
             return [gatherer.result() for gatherer in gatherers]
         except BaseException:
             for gatherer in gatherers:

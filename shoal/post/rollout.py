@@ -10,10 +10,12 @@ All of it follows from seed, index and weights: a draw depends on its stream's s
 draws what the uninterrupted one drew. `state` holds all there is to remember.
 """
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shoal.data.chat import question
@@ -111,13 +113,16 @@ class Rollouts:
                 sample.tokens.append(token.id)
                 sample.logprobs.append(token.logprob)
                 sample.versions.append(self.version)
+            sample.routes_TLK = result.routes
             if result.finish == "stop" or len(sample.tokens) >= self.config.max_tokens:
                 sample.finish = "stop" if result.finish == "stop" else "length"
 
     def _request(self, prompt: tuple[int, ...], s: Sample) -> Request:
         left = self.config.max_tokens - len(s.tokens)
         most = min(left, self.config.slice or left)
-        return Request((*prompt, *s.tokens), most, silent, Sampling(seed=s.seed, logprobs=0), self.stops)
+        return Request(
+            (*prompt, *s.tokens), most, silent, Sampling(seed=s.seed, logprobs=0), self.stops, routes=self.routes
+        )
 
     def completion(self, s: Sample) -> str:
         return self.tokenizer.decode(s.tokens, skip_special=True)
@@ -125,7 +130,12 @@ class Rollouts:
     def state(self) -> dict[str, Any]:
         """Plain numbers: where the prompts stand, and every answer under way."""
         pending = [
-            {"index": g.index, "task": g.item.task, "level": g.item.level, "samples": [asdict(s) for s in g.samples]}
+            {
+                "index": g.index,
+                "task": g.item.task,
+                "level": g.item.level,
+                "samples": [asdict(replace(s, routes_TLK=None)) for s in g.samples],
+            }
             for g in self.pending
         ]
         return {"next_index": self.next_index, "version": self.version, "pending": pending}
@@ -136,4 +146,18 @@ class Rollouts:
         self.pending = []
         for g in state["pending"]:
             its = item(g["index"], g["task"], g["level"])
-            self.pending.append(Group(g["index"], its, self.prompt_of(its), [Sample(**s) for s in g["samples"]]))
+            self.pending.append(Group(g["index"], its, self.prompt_of(its), [_sample(s) for s in g["samples"]]))
+
+
+def _plain(s: Sample) -> dict[str, Any]:
+    """As JSON. Routes of what goes on are computed anew; those of a finished answer are kept as bytes."""
+    routes = s.routes_TLK if s.finish else None
+    kept = None if routes is None else [b64encode(routes.numpy().tobytes()).decode(), list(routes.shape)]
+    return asdict(replace(s, routes_TLK=None)) | {"routes_TLK": kept}
+
+
+def _sample(plain: dict[str, Any]) -> Sample:
+    kept, sample = plain["routes_TLK"], Sample(**plain | {"routes_TLK": None})
+    if kept:
+        sample.routes_TLK = torch.frombuffer(bytearray(b64decode(kept[0])), dtype=torch.int16).view(kept[1])
+    return sample
