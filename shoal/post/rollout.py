@@ -129,15 +129,10 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """Plain numbers: where the prompts stand, and every answer under way."""
-        pending = [
-            {
-                "index": g.index,
-                "task": g.item.task,
-                "level": g.item.level,
-                "samples": [asdict(replace(s, routes_TLK=None)) for s in g.samples],
-            }
-            for g in self.pending
-        ]
+        pending = []
+        for g in self.pending:
+            samples = [_plain(s) for s in g.samples]
+            pending.append({"index": g.index, "task": g.item.task, "level": g.item.level, "samples": samples})
         return {"next_index": self.next_index, "version": self.version, "pending": pending}
 
     def load(self, state: dict[str, Any], item: Callable[[int, str, int], Item]) -> None:
@@ -157,7 +152,7 @@ def _plain(s: Sample) -> dict[str, Any]:
 
 
 def _sample(plain: dict[str, Any]) -> Sample:
-    kept, sample = plain["routes_TLK"], Sample(**plain | {"routes_TLK": None})
+    sample, kept = Sample(**plain), plain["routes_TLK"]
     if kept:
         sample.routes_TLK = torch.frombuffer(bytearray(b64decode(kept[0])), dtype=torch.int16).view(kept[1])
     return sample
