@@ -16,7 +16,7 @@ def recipe() -> RLConfig:
         rollout=RolloutConfig(prompts=32, group=16, max_tokens=128),
         rewards=RewardConfig(accuracy=1.0, format=0.1),
         policy=PolicyConfig(variant="dapo"),
-        optim=OptimConfig(matrices="muon", lr=1e-3, beta2=0.95, weight_decay=0.0),
+        optim=OptimConfig(matrices="muon", lr=3e-4, beta2=0.95, weight_decay=0.0),
         schedule=ScheduleConfig(kind="wsd", warmup=0.05, decay=0.2),
         minutes=10.0,
     )
