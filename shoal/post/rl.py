@@ -78,6 +78,7 @@ def reinforce(
     state = TrainState(train_config(config, model), device, model)
     if resume:
         loop.restore(state, run, say)
+        loop.forget_evidence(run.samples / SAMPLES, state.counters.step)
     saver = Saver(run.checkpoints, loop.model_writer(model.config, tokenizer), config.checkpoint.keep)
     with Stop(say) as stop, closing(saver), closing(engine_for(config, state.model)) as engine, Graders() as graders:
         stage = begun(config, run, state, engine, tokenizer, tasks, graders)
@@ -252,12 +253,16 @@ def judged(groups: Sequence[Group], rewards_SG: Tensor, variant: grpo.Variant, m
 
 
 def refer(stage: Stage) -> None:
-    """Keep or renew the reference that the policy is drawn to, where it is."""
-    p = stage.config.policy
-    if p.kl_weight and (stage.reference is None or stage.iteration % p.reference_steps == 0):
-        model = stage.state.model
-        stage.reference = Transformer(model.config).to(model.embed.weight.device)
-        stage.reference.set_dtype(model.embed.weight.dtype).load_state_dict(model.state_dict())
+    """Keep or renew the reference that the policy is drawn to, where it is; a checkpoint has it."""
+    p, state = stage.config.policy, stage.state
+    if not p.kl_weight:
+        return
+    if not state.stage or stage.iteration % p.reference_steps == 0:
+        state.stage = {name: t.clone() for name, t in state.model.state_dict().items()}
+        stage.reference = None
+    if stage.reference is None:
+        stage.reference = Transformer(state.model.config).to(state.device).set_dtype(state.model.embed.weight.dtype)
+        stage.reference.load_state_dict(state.stage)
 
 
 def require_same_weights(most_gap: float, objective: Objective) -> None:

@@ -151,11 +151,10 @@ def keep_evidence(
     say(f"step {step} skipped: {result.skipped}; samples {ids[0]}–{ids[-1]} are kept in logs/{SKIPPED}")
 
 
-def forget_evidence(run: Run, step: int) -> None:
-    """Drop what was kept past `step`, which a resumed run meets again, and a line torn by a kill."""
-    path = run.logs / SKIPPED
+def forget_evidence(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL that are past `step`, which a resumed run meets again, and one torn by a kill."""
     if path.exists():
-        whole = path.read_text().splitlines(keepends=True)
+        whole = path.read_text("utf-8").splitlines(keepends=True)
         kept = [line for line in whole if line.endswith("\n") and json.loads(line)["step"] <= step]
         replace_text(path, "".join(kept))
 
@@ -206,11 +205,11 @@ def restore(state: TrainState, run: Run, say: Callable[[str], None]) -> None:
             raise CheckpointError(got, "one to continue from", "restore one, or start a new run")
         say("no checkpoint yet: starting from step 0")
         run.rewind(0)
-        forget_evidence(run, 0)
+        forget_evidence(run.logs / SKIPPED, 0)
         return
     loaded = hf.load(checkpoint.path, state.model.embed.weight.dtype, state.device)
     state.model.load_state_dict(loaded.state_dict())
     state.load(checkpoint.tensors(), checkpoint.counters)
     run.rewind(checkpoint.step)
-    forget_evidence(run, checkpoint.step)
+    forget_evidence(run.logs / SKIPPED, checkpoint.step)
     say(f"resumed from {checkpoint.path.name}")

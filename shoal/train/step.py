@@ -18,6 +18,8 @@ from shoal.train.config import PretrainConfig
 from shoal.train.loss import Losses, Main, losses, next_token
 from shoal.train.optim import Optimizer
 
+STAGE = "stage."  # before the names of a stage's tensors
+
 
 @dataclass
 class Counters:
@@ -65,13 +67,15 @@ class TrainState:
         self.model = model.set_dtype(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
         self.optimizer = Optimizer(self.model, config.optim)
         self.counters = Counters(total_steps=config.steps or 0)
+        self.stage: dict[str, Tensor] = {}  # what a stage's own loop must remember, besides counters.stage
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.optimizer.tensors()
+        return self.optimizer.tensors() | {STAGE + name: t for name, t in self.stage.items()}
 
     def load(self, tensors: dict[str, Tensor], counters: dict) -> None:
-        """After the model's weights were loaded: masters, moments and counters."""
-        self.optimizer.load_tensors(tensors)
+        """After the model's weights were loaded: masters, moments, the stage's own, and counters."""
+        self.stage = {name.removeprefix(STAGE): t for name, t in tensors.items() if name.startswith(STAGE)}
+        self.optimizer.load_tensors({name: t for name, t in tensors.items() if not name.startswith(STAGE)})
         self.counters = Counters(**counters)
 
     def saved_counters(self) -> dict:

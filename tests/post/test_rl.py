@@ -32,6 +32,13 @@ CONFIG = RLConfig(
 )
 
 
+SLICED = replace(
+    CONFIG,
+    rollout=RolloutConfig(prompts=6, group=2, max_tokens=9, slice=3),
+    policy=replace(CONFIG.policy, minibatches=2, kl_weight=0.1, reference_steps=2),
+)
+
+
 def letters(config, prompt: str, text: str, outcome: str) -> float:
     """A reward that a random model earns now and then."""
     return sum(c.isalpha() and c.isascii() for c in text) / 8
@@ -102,13 +109,14 @@ def test_what_is_rewarded_becomes_likelier(tmp_path, variant):
 
 @pytest.mark.parametrize("sliced", [None, 3])
 def test_a_run_goes_on_to_the_bit_with_answers_under_way(tmp_path, sliced, monkeypatch):
-    rollout = RolloutConfig(prompts=6, group=2, max_tokens=9, slice=sliced)
-    config = replace(CONFIG, rollout=rollout, policy=replace(CONFIG.policy, minibatches=2))
+    config = replace(SLICED, rollout=replace(SLICED.rollout, slice=sliced))
     monkeypatch.setattr(rl, "Rollouts", Restless)
     whole, _ = trained(tmp_path / "whole", config)
     stopped_at(2, monkeypatch)
     half, state = trained(tmp_path / "half", config)
     assert state.counters.step < state.counters.total_steps and steps_left(state)
+    with open(half.samples / rl.SAMPLES, "a") as file:  # what a kill leaves of a step that is met again
+        file.write('{"step": 99}\n{"step": 4, "te')
     monkeypatch.undo()
     monkeypatch.setattr(rl, "reward", letters)
     monkeypatch.setattr(rl, "Rollouts", Restless)
@@ -117,6 +125,7 @@ def test_a_run_goes_on_to_the_bit_with_answers_under_way(tmp_path, sliced, monke
     ours, theirs = newest(whole), newest(again)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert samples(whole) == samples(again)
+    assert max(whole.series("rl/kl")[1]) > 0
     if sliced:
         assert max(whole.series("rl/stale")[1]) > 0
 
