@@ -13,13 +13,14 @@ from difflib import get_close_matches
 from functools import partial
 
 from shoal.errors import ConfigError
-from shoal.tasks import arithmetic, files, gym, puzzles, sandbox, snippets
+from shoal.tasks import arithmetic, files, gym, library, puzzles, sandbox, snippets
 from shoal.tasks.programs import PATIENCE
 from shoal.tasks.solutions import Habits, solutions
 from shoal.tasks.task import Task, draw
 
 FORMS = "a task's name, math:FILE, choice:FILE, code:FILE or reasoning-gym:NAME"
 TASKS = {task.name: task for task in (*arithmetic.TASKS, *puzzles.TASKS, *snippets.TASKS)}
+GENERAL = {library.TASK.name: library.TASK}  # nothing to reckon: in no corpus of worked solutions
 
 
 def resolve(names: str) -> tuple[Task, ...]:
@@ -38,7 +39,7 @@ def find(name: str) -> Task:
     kind, colon, rest = name.partition(":")
     if colon and kind == "reasoning-gym":
         return gym.task(rest)
-    found = files.task(kind, rest) if colon and kind in files.READERS else TASKS.get(name)
+    found = files.task(kind, rest) if colon and kind in files.READERS else (TASKS | GENERAL).get(name)
     if found is None:
         close = get_close_matches(name, TASKS, n=1, cutoff=0.5)
         fix = f"did you mean {close[0]}?" if close else f"choose from {', '.join(TASKS)}"
