@@ -4,6 +4,7 @@
     format      1 for `reasoning</think><answer>answer</answer>` and nothing else
     language    the share of the reasoning's words that are in the prompt's language, of right answers only (R1's
                 language consistency reward: a fluent wrong answer earns nothing by it)
+    preference  how good it is to read, by rules or by a judge      (`judge.py`; R1's last stage; the loop adds it)
 
 A word's language is told by its script, which is enough to see English, Korean and Chinese mixed; a reasoning without
 words (only digits and signs) is consistent.
@@ -32,9 +33,10 @@ class RewardConfig:
     accuracy: float = 1.0
     format: float = 0.0
     language: float = 0.0
+    preference: float = 0.0
 
     def __post_init__(self):
-        for name in ("accuracy", "format", "language"):
+        for name in ("accuracy", "format", "language", "preference"):
             if not 0 <= getattr(self, name) < float("inf"):
                 got = f"rewards.{name} = {getattr(self, name)}"
                 raise ConfigError(got, "a number from 0", f"set --rewards.{name} to such a number")

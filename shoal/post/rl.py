@@ -24,7 +24,7 @@ from shoal.engine.engine import LocalEngine
 from shoal.engine.pages import UNIT, units
 from shoal.errors import ConfigError, TrainingError
 from shoal.model.transformer import Transformer
-from shoal.post import grpo, policy
+from shoal.post import grpo, judge, policy
 from shoal.post.policy import Answer, Objective, Rollout
 from shoal.post.rewards import reward, well_formed
 from shoal.post.rl_config import RLConfig
@@ -42,7 +42,7 @@ from shoal.train.stop import Stop
 
 PROMPT_TOKENS = 256  # that the engine's cache has room for beside each answer
 KEPT_GROUPS = 2  # of a step, written down token by token for `shoal samples`
-SAMPLES = "rollouts.jsonl"
+SAMPLES, JUDGED = "rollouts.jsonl", "judged.jsonl"
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Stage:
     rollouts: Rollouts
     curriculum: Curriculum
     graders: Graders
+    taste: judge.Preference
     reference: Transformer | None = None
     iteration: int = 0
 
@@ -80,8 +81,15 @@ def reinforce(
         loop.restore(state, run, say)
         loop.forget_evidence(run.samples / SAMPLES, state.counters.step)
     saver = Saver(run.checkpoints, loop.model_writer(model.config, tokenizer), config.checkpoint.keep)
-    with Stop(say) as stop, closing(saver), closing(engine_for(config, state.model)) as engine, Graders() as graders:
-        stage = begun(config, run, state, engine, tokenizer, tasks, graders)
+    taste = judge.preference(config.judge, run.logs / JUDGED)
+    with (
+        Stop(say) as stop,
+        closing(saver),
+        closing(engine_for(config, state.model)) as engine,
+        Graders() as graders,
+        taste,
+    ):
+        stage = begun(config, run, state, engine, tokenizer, tasks, graders, taste)
         clock, saved = loop.begin(state, planned_steps or 100), state.counters.step
         while loop.steps_left(state) and not stop.asked:
             metrics = iterate(stage, clock)
@@ -128,6 +136,7 @@ def begun(
     tokenizer: Tokenizer,
     tasks: Sequence[Task],
     graders: Graders,
+    taste: judge.Preference,
 ) -> Stage:
     by_name = {task.name: task for task in tasks}
     curriculum = Curriculum(tasks, config.levels, even=not config.curriculum)
@@ -140,7 +149,7 @@ def begun(
         return item(index, *curriculum.choose(seed, index))
 
     rollouts = Rollouts(engine, tokenizer, config.rollout, seed, next_item, routes=config.policy.replay_routes)
-    stage = Stage(config, run, state, rollouts, curriculum, graders)
+    stage = Stage(config, run, state, rollouts, curriculum, graders, taste)
     if saved := state.counters.stage:
         stage.iteration = saved["iteration"]
         curriculum.load(saved["curriculum"])
@@ -193,16 +202,16 @@ def collected(stage: Stage) -> tuple[list[Group], Tensor, list[Group]]:
 def grade(stage: Stage, groups: Sequence[Group], variant: grpo.Variant) -> None:
     """Outcome and reward of every answer; the curriculum hears how often each prompt was solved.
 
-    Where a grader failed there is no evidence: the answer gets its group's mean, which teaches nothing.
+    Where a grader or a judge failed there is no evidence: the answer gets its group's mean, which teaches nothing.
     """
     c, r = stage.config, stage.rollouts
     texts = [[r.completion(s) for s in g.samples] for g in groups]
     pairs = [(g.item, extract_answer(text)) for g, its in zip(groups, texts) for text in its]
     outcomes = iter(stage.graders.grade(pairs))
-    for g, its in zip(groups, texts):
-        for s, text in zip(g.samples, its):
+    for g, its, liked in zip(groups, texts, preferred(stage, groups, texts)):
+        for s, text, preference in zip(g.samples, its, liked):
             s.outcome = next(outcomes)
-            s.reward = reward(c.rewards, g.item.prompt, text, s.outcome)
+            s.reward = reward(c.rewards, g.item.prompt, text, s.outcome) + c.rewards.preference * preference
             if variant.overlong:
                 n = torch.tensor([len(s.tokens)])
                 s.reward += grpo.overlong_penalty(n, c.rollout.max_tokens, variant.overlong).item()
@@ -213,6 +222,14 @@ def grade(stage: Stage, groups: Sequence[Group], variant: grpo.Variant) -> None:
         if known:
             right = sum(s.outcome == "right" for s in known)
             stage.curriculum.record(g.item.task, g.item.level, right / len(known))
+
+
+def preferred(stage: Stage, groups: Sequence[Group], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    """What the answers of each group are worth to the judge, where that counts."""
+    if not stage.config.rewards.preference:
+        return [[0.0] * len(its) for its in texts]
+    found = iter(stage.taste.scores([(g.item.prompt, text) for g, its in zip(groups, texts) for text in its]))
+    return [judge.shares([next(found) for _ in its]) for its in texts]
 
 
 def update(

@@ -67,6 +67,24 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """Who says which answers are preferred: any OpenAI-compatible `url`, or "" for the rules of `judge.py`.
+
+    `model` is its name there, `key_env` the environment's variable with the API key.
+    """
+
+    url: str = ""
+    model: str = ""
+    key_env: str = ""
+    concurrency: int = 8
+    timeout_seconds: float = 60.0
+    tries: int = 3
+
+    def __post_init__(self):
+        require(self, "judge.", concurrency=AT_LEAST_ONE, tries=AT_LEAST_ONE, timeout_seconds=POSITIVE)
+
+
+@dataclass(frozen=True)
 class RLConfig:
     """`model` is what to start from; `tasks` are names with commas between them, of `levels` (None: all they have).
 
@@ -79,6 +97,7 @@ class RLConfig:
     curriculum: bool = True
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optim: OptimConfig = field(default_factory=partial(OptimConfig, matrices="adamw", lr=1e-4, weight_decay=0.0))
     schedule: ScheduleConfig = field(default_factory=partial(ScheduleConfig, warmup=0.02, decay=0.3))
