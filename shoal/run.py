@@ -35,6 +35,7 @@ from shoal.errors import ResourceError, RunError
 
 RUNS = Path("runs")
 ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"  # of ids; no look-alikes
+PIPELINE = "pipeline.json"  # of a run that has stages (recipes/_pipeline.py)
 PACKAGES = ("shoal-lm", "torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")
 
 
@@ -89,6 +90,10 @@ class Run:
 
     def env(self) -> dict[str, Any]:
         return read_json(self.path / "env.json")
+
+    def pipeline(self) -> dict[str, Any]:
+        """Its stages, where it has some."""
+        return read_json(self.path / PIPELINE)
 
     def status(self, **facts: Any) -> dict[str, Any]:
         """Merge `facts` into status.json and return the whole; without facts, just read."""

@@ -33,6 +33,7 @@ class Asked:
     out: str | None = None
     dry_run: bool = False
     print_config: bool = False
+    layers: list[tuple[str, dict]] = field(default_factory=list)  # a verb's own, below the files
 
 
 def parse(argv: Sequence[str], budgets: Sequence[str] = BUDGETS) -> Asked:
@@ -67,7 +68,7 @@ def configured(asked: Asked, kind: type[C]) -> tuple[C, dict[str, str]]:
     """The settings, and where each came from."""
     if asked.recipe is None:
         raise ConfigError("no recipe", f"one of {', '.join(recipe_names(kind))}", "name one first")
-    layers = map(configs.read, asked.files)
+    layers = [*asked.layers, *map(configs.read, asked.files)]
     return configs.load(recipe(asked.recipe, kind), *layers, flags=asked.flags, origin=f"recipe {asked.recipe}")
 
 

@@ -12,11 +12,15 @@ from shoal.errors import ShoalError
 
 VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first day
     "doctor": ("doctor", "hardware, threads, memory, disk; what is missing and how to get it"),
-    "quickstart": ("quickstart", "train, sample and report a model that fits this machine and your minutes"),
+    "quickstart": (
+        "quickstart",
+        "pretrain, reinforce, distil and compare: what fits this machine and your minutes",
+    ),
     "pretrain": ("pretrain", "train a recipe; --resume continues one bit for bit"),
     "sft": ("sft", "fine-tune a model on conversations"),
     "rl": ("rl", "reinforce what graders call right: a base learns to reason"),
     "distill": ("distill", "teach a student what a teacher says"),
+    "r1": ("r1", "a base becomes R1 in five stages: cold start, reinforcement, its own best answers, and on"),
     "chat": ("chat", "talk with a model in the terminal"),
     "generate": ("generate", "continue a prompt with a model"),
     "score": ("score", "log-probabilities and bits per byte of a text"),

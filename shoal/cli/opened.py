@@ -1,4 +1,8 @@
-"""MODEL on the command line: a run (its newest whole checkpoint), a checkpoint folder, or any Hugging Face folder."""
+"""MODEL on the command line: a run (its newest whole checkpoint), a checkpoint folder, or any Hugging Face folder.
+
+A run of several stages (`shoal quickstart`, `shoal r1`) is the model that its pipeline.json names, R1, once that stage
+is done; before, it is the run's own. A stage by itself is a run: RUN/stages/1_r1_zero; a base is RUN/checkpoints/STEP.
+"""
 
 import sys
 from pathlib import Path
@@ -39,6 +43,8 @@ def model_folder(name: str) -> Path:
         raise ModelError(f"no model {name}", MODEL_HELP, e.fix) from None
     from shoal.train import checkpoint
 
+    if model := run.pipeline().get("model"):
+        run = Run.open(run.path / model)
     newest, refused = checkpoint.newest(run.checkpoints)
     for path, why in refused:
         print(f"passed over {path}: {why}", file=sys.stderr)

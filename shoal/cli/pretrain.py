@@ -6,7 +6,7 @@ the place of the recipe's steps, `--steps N` that of its minutes. A resumed run 
 only how long it goes, evaluates and saves may be changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from shoal import config as configs
@@ -17,6 +17,8 @@ from shoal.train.config import PretrainConfig
 if TYPE_CHECKING:
     from shoal.recipes import _machine
 
+Job = Callable[..., int]  # what `_job.run_job` is; the caller holds the run's lock
+
 
 def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
@@ -25,10 +27,11 @@ def main(argv: list[str]) -> int:
     return launch(parse(argv), ["shoal", "pretrain", *argv])
 
 
-def launch(asked: Asked, command: Sequence[str], size: bool = False) -> int:
-    """Do what was asked. `size` chooses model and batch for this machine where no flag or file does."""
+def launch(asked: Asked, command: Sequence[str], size: bool = False, job: Job | None = None) -> int:
+    """Do what was asked. `size` chooses model and batch for this machine where no flag or file does; a `job` that does
+    more takes the place of `_job.run_job`."""
     if asked.resume is None:
-        return start(asked, command, size)
+        return start(asked, command, size, job)
     run = resumed(asked, PretrainConfig)
     if asked.print_config or asked.dry_run:
         return look_ahead(asked, *reconfigured(run, asked, PretrainConfig))
@@ -38,10 +41,10 @@ def launch(asked: Asked, command: Sequence[str], size: bool = False) -> int:
 
         config, origins = reconfigured(run, asked, PretrainConfig)
         run.write_config(config, origins)
-        return _job.run_job(config, run, teller(), resume=True)
+        return (job or _job.run_job)(config, run, teller(), resume=True)
 
 
-def start(asked: Asked, command: Sequence[str], size: bool) -> int:
+def start(asked: Asked, command: Sequence[str], size: bool, job: Job | None) -> int:
     config, origins = configured(asked, PretrainConfig)
     if asked.print_config and not size:
         return look_ahead(asked, config, origins)
@@ -56,7 +59,7 @@ def start(asked: Asked, command: Sequence[str], size: bool) -> int:
         return look_ahead(asked, config, origins, here)
     run = Run.create(str(asked.recipe), asked.out, config, origins, command)
     with run.lock():
-        return _job.run_job(config, run, tell, here=here)
+        return (job or _job.run_job)(config, run, tell, here=here)
 
 
 def look_ahead(

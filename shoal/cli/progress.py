@@ -21,7 +21,7 @@ def silent() -> Teller:
 
 class Display:
     def __init__(self, live: bool):
-        self.live, self.last = live, 0.0
+        self.live, self.last, self.step = live, 0.0, 0
         self.score: float | None = None
         self.status = None
         if live:
@@ -38,6 +38,9 @@ class Display:
         self.console.print(f"[bold cyan]{head}[/] {rest}" if rest.startswith(" ") else words, soft_wrap=True)
 
     def show(self, m: Mapping) -> None:
+        if m["step"] < self.step:
+            self.score = None  # another stage began
+        self.step = m["step"]
         if "eval/bits_per_byte" in m:
             self.score = m["eval/bits_per_byte"]
         last, now = m["step"] == m["total_steps"], time.monotonic()

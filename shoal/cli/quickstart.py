@@ -1,14 +1,100 @@
-"""`shoal quickstart [--minutes M] [--out DIR] …`: a model that fits this machine and your minutes.
+"""`shoal quickstart [--minutes M] [--stages all|base] [--out DIR] [--resume [RUN]] …`: a model that learns to reason.
 
-It measures for some seconds (products, bandwidth, real steps), picks model, batch and tokens, and says why. Every flag
-of `shoal pretrain` is understood too; a model or a batch given by one is not chosen again.
+A base model that fits this machine and your minutes is pretrained; then it learns by reinforcement alone (R1-Zero), in
+R1's stages, and teaches a smaller student; all four are held against the same problems, in one report. `recipes/
+quickstart.py` has the table of who gets which share of the minutes (default 15). `--steps N` instead gives every stage
+N steps. `--stages base` stops after pretraining, and all the minutes (default 10) are its own.
+
+For the base it measures for some seconds (products, bandwidth, real steps), picks model, batch and tokens, and says
+why. Every flag of `shoal pretrain` is understood, for the base; a model or a batch given by one is not chosen again.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from shoal.cli import pretrain
+from shoal.cli.asked import Asked, resumed
+from shoal.errors import ConfigError
+from shoal.recipes.quickstart import MINUTES, SHARES
+from shoal.train.config import PretrainConfig
+
+STAGES = ("all", "base")
 
 
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n--minutes is the time of training, scores on the way included (default 10)")
+        print(__doc__)
         return 0
-    return pretrain.launch(pretrain.parse(["quickstart", *argv]), ["shoal", "quickstart", *argv], size=True)
+    words, stages = without(argv, "--stages", "all")
+    if stages not in STAGES:
+        raise ConfigError(f"--stages {stages}", f"one of {', '.join(STAGES)}", "write --stages base, or leave it out")
+    command = ["shoal", "quickstart", *argv]
+    asked = pretrain.parse(["quickstart", *words])
+    if asked.resume is not None:
+        run = resumed(asked, PretrainConfig)
+        table = run.pipeline()
+        if not table:
+            return pretrain.launch(asked, command, size=True)
+        if asked.flags:
+            got = f"{' '.join(asked.flags)} for a chain of stages that goes on"
+            raise ConfigError(got, "the settings that it began with", "leave them out, or start a new one")
+        job = chained(table["minutes"], table["steps"])
+        return pretrain.launch(replace(asked, resume=str(run.path)), command, job=job)
+    if stages == "base":
+        return pretrain.launch(asked, command, size=True)
+    return start(asked, words, command)
+
+
+def start(asked: Asked, words: Sequence[str], command: Sequence[str]) -> int:
+    rest, steps = without(words, "--steps", "")
+    rest, minutes = without(rest, "--minutes", "" if steps else f"{MINUTES:g}")
+    if steps and minutes:
+        raise ConfigError(f"--steps {steps} and --minutes {minutes}", "one of the two", "leave one out")
+    if steps:
+        return pretrain.launch(asked, command, size=True, job=chained(None, whole(steps)))
+    share = number(minutes) * SHARES["pretrain"]
+    asked = replace(
+        pretrain.parse(["quickstart", *rest]),
+        layers=[(f"share of {minutes} minutes", {"minutes": share, "steps": "none"})],
+    )
+    return pretrain.launch(asked, command, size=True, job=chained(number(minutes), None))
+
+
+def chained(minutes: float | None, steps: int | None) -> pretrain.Job:
+    def job(config, run, teller, resume=False, here=None) -> int:
+        from shoal.recipes import _chain
+        from shoal.recipes._pipeline import Budget
+
+        return _chain.run_chain(config, run, teller, resume, here, budget=Budget(SHARES, minutes, steps))
+
+    return job
+
+
+def without(words: Sequence[str], flag: str, default: str) -> tuple[list[str], str]:
+    """The words without a flag, and its value."""
+    rest, found = [], default
+    waiting = iter(words)
+    for word in waiting:
+        if word == flag:
+            found = next(waiting, "")
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, found
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"--minutes {text}", "a number above 0", "write for instance --minutes 15")
+    return value
+
+
+def whole(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise ConfigError(f"--steps {text}", "a whole number from 1", "write for instance --steps 2")
+    return int(text)

@@ -46,19 +46,24 @@ def teach(
 
 def follow(verb: str, run: Run, teller: Teller, resume: bool, train: Callable[[], TrainState]) -> int:
     """Keep the run's status while `train` works, and say what is next."""
+    state = watched(run, teller, resume, train)
+    step, seconds = state.counters.step, state.counters.seconds
+    if steps_left(state):
+        teller.say(f"stopped at step {step}; continue with: shoal {verb} --resume {typed(run)}")
+        return 130
+    teller.say(f"result   {step} steps in {seconds / 60:.1f} minutes; the model is in {typed(run)}")
+    teller.say(f"next     shoal chat {typed(run)}")
+    return 0
+
+
+def watched(run: Run, teller: Teller, resume: bool, train: Callable[[], TrainState]) -> TrainState:
+    """Keep the run's status while `train` works."""
     note_place(run, resume, teller)
     with failures_noted(run):
         run.status(state="training")
         state = train()
-    step, seconds = state.counters.step, state.counters.seconds
-    if steps_left(state):
-        run.status(state="stopped", step=step)
-        teller.say(f"stopped at step {step}; continue with: shoal {verb} --resume {typed(run)}")
-        return 130
-    run.status(state="done", step=step)
-    teller.say(f"result   {step} steps in {seconds / 60:.1f} minutes; the model is in {typed(run)}")
-    teller.say(f"next     shoal chat {typed(run)}")
-    return 0
+    run.status(state="stopped" if steps_left(state) else "done", step=state.counters.step)
+    return state
 
 
 def require_memory(config: TuningConfig, model: Transformer) -> None:

@@ -1,4 +1,5 @@
-"""The main job: V3's architecture at the size of this machine, on Python's own library source.
+"""The main job: V3's architecture at the size of this machine, on Python's own library source and on solutions of
+problems, most of them without work. `shoal quickstart` goes on from there, stage by stage (`_chain.py`).
 
 Sizes, rates and what is written down instead of learnt were chosen by held-out bits per byte, most of them after 300
 to 500 steps; LOG.md has the trials, and what was never tried at full length.
@@ -10,6 +11,20 @@ from shoal.train.config import BatchConfig, InitConfig, LossConfig, OptimConfig,
 
 LADDER = ("nano", "mini", "midi")  # of presets, smallest first: what `shoal quickstart` chooses from on a CPU
 TOKENS_PER_ACTIVE = 1.2  # tokens that an active parameter should at least see
+
+MINUTES = 15.0  # of the whole chain, where nobody says
+SHARES = {  # of the minutes of `shoal quickstart`, by stage; what is left is for the evaluations at the end
+    "pretrain": 0.34,
+    "r1_zero": 0.18,
+    "cold_start": 0.04,
+    "reasoning": 0.12,
+    "samples": 0.03,
+    "tuning": 0.05,
+    "r1": 0.08,
+    "teaching": 0.03,
+    "student": 0.08,
+}
+STUDENT = "nano"  # a preset, with fresh weights
 
 
 def recipe() -> PretrainConfig:

@@ -10,13 +10,13 @@ import pytest
 from shoal import config as configs
 from shoal.cli import pretrain as verb
 from shoal.cli import quickstart
-from shoal.errors import DataError, ResourceError, RunError
+from shoal.errors import ConfigError, DataError, ResourceError, RunError
 from shoal.model.presets import PRESETS
 from shoal.plan import hardware, size
 from shoal.recipes import _job, _plan
 from shoal.recipes._machine import Here
 from shoal.recipes._teller import Teller
-from shoal.recipes.quickstart import LADDER
+from shoal.recipes.quickstart import LADDER, MINUTES, SHARES
 from shoal.run import Run, find
 from shoal.runtime import Runtime
 from shoal.train.config import PretrainConfig
@@ -108,13 +108,46 @@ def test_printed_commands_find_a_run_outside_runs(run):
     assert find(word).path == run.path
 
 
-def test_quickstart_forces_no_minutes_on_a_resumed_run(monkeypatch):
-    launched = []
-    monkeypatch.setattr(verb, "launch", lambda asked, command, size: launched.append((asked, size)) or 0)
-    quickstart.main(["--resume", "mine"])
-    quickstart.main(["--minutes", "3"])
-    assert [asked.flags for asked, _ in launched] == [[], ["--minutes", "3", "--steps=none"]]
-    assert launched[0][0].resume == "mine" and all(size for _, size in launched)
+@pytest.fixture
+def launched(monkeypatch) -> list:
+    found = []
+    monkeypatch.setattr(verb, "launch", lambda asked, command, **more: found.append((asked, more)) or 0)
+    return found
+
+
+def test_quickstart_shares_its_minutes_out(launched):
+    quickstart.main([])
+    quickstart.main(["--minutes", "3", "--optim.lr", "0.01"])
+    for (asked, more), minutes in zip(launched, (MINUTES, 3)):
+        config, origins = verb.configured(asked, PretrainConfig)
+        assert config.minutes == pytest.approx(minutes * SHARES["pretrain"]) and more["size"] and more["job"]
+        assert origins["minutes"] == f"share of {minutes:g} minutes"
+    assert origins["optim.lr"] == "flag"
+
+
+def test_quickstart_gives_steps_to_every_stage_or_stops_at_the_base(launched):
+    quickstart.main(["--steps", "3"])
+    quickstart.main(["--stages", "base", "--minutes", "3"])
+    config, _ = verb.configured(launched[0][0], PretrainConfig)
+    assert config.steps == 3 and launched[0][1]["job"]
+    assert launched[1][0].flags == ["--minutes", "3", "--steps=none"] and launched[1][1] == {"size": True}
+
+
+@pytest.mark.parametrize("flags", [["--stages", "r1"], ["--steps", "0"], ["--minutes", "x"], ["--minutes", "-1"]])
+def test_quickstart_refuses_what_it_cannot_do(launched, flags):
+    with pytest.raises(ConfigError):
+        quickstart.main(flags)
+    assert not launched
+
+
+def test_a_resumed_quickstart_goes_on_with_its_stages_if_it_has_some(run, launched):
+    quickstart.main(["--resume", str(run.path)])
+    (run.path / "pipeline.json").write_text('{"minutes": 3, "steps": null, "stages": []}')
+    quickstart.main(["--resume", str(run.path)])
+    assert ["job" in more for _, more in launched] == [False, True]
+    assert all(asked.resume == str(run.path) and not asked.flags for asked, _ in launched)
+    with pytest.raises(ConfigError, match="goes on"):
+        quickstart.main(["--resume", str(run.path), "--minutes", "5"])
 
 
 def test_a_resume_holds_the_lock_from_its_first_look_at_the_settings(run, monkeypatch):
