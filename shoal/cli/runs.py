@@ -31,9 +31,10 @@ def main(argv: list[str]) -> int:
     elif args.verb == "compare":
         console.print(comparison([find(name) for name in args.runs]))
     else:
-        from shoal.report import page
+        from shoal.report import chain, page
 
-        console.print(str(page.write(find(args.run).path)))
+        run = find(args.run)
+        console.print(str((chain if run.pipeline() else page).write(run.path)))
     return 0
 
 

@@ -303,6 +303,7 @@ def measured(
     n, tokens = max(1, len(samples)), max(1, sum(len(s.tokens) for s in samples))
     texts = [stage.rollouts.completion(s) for s in samples]
     metrics = {
+        "rl/answers": len(samples),
         "rl/accuracy": sum(s.outcome == "right" for s in samples) / n,
         "rl/failed": sum(s.outcome == "failed" for s in samples) / n,
         "rl/reward": sum(s.reward for s in samples) / n,

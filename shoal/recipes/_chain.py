@@ -43,7 +43,6 @@ def run_chain(
     except Stopped:
         teller.say(f"stopped; continue with: shoal quickstart --resume {_job.typed(run)}")
         return 130
-    run.status(state="done")
     teller.say(f"next     shoal chat {_job.typed(run)}")
     return 0
 

@@ -53,6 +53,5 @@ def run_r1(c: R1Config, run: Run, teller: Teller) -> int:
         teller.say(f"stopped; continue with: shoal r1 --resume {typed(run)}")
         return 130
     compare(p, models, c.tasks, c.levels, c.seed, c.r1.rollout.max_tokens)
-    run.status(state="done")
     teller.say(f"next     shoal chat {typed(run)}")
     return 0

@@ -34,6 +34,7 @@ from shoal.recipes._pipeline import Pipeline, Stopped, checkpoint_of
 from shoal.recipes._reinforce import GUESSED_SECONDS
 from shoal.recipes._tune import watched
 from shoal.recipes.r1 import SamplesConfig
+from shoal.report import chain
 from shoal.run import Run, read_json
 from shoal.tasks.catalog import resolve
 from shoal.tasks.grading import Graders
@@ -104,7 +105,8 @@ def reinforce(p: Pipeline, name: str, config: RLConfig, base: Path) -> Path:
         )  # fmt: skip
         _, right = run.series("rl/accuracy")
         p.teller.say(f"result   {state.counters.step} steps, right {right[0]:.0%} → {right[-1]:.0%} while training")
-        return checkpoint_of(run), told(state)
+        answers = sum(run.series("rl/answers")[1])
+        return checkpoint_of(run), told(state) | {"answers": int(answers)}
 
     return p.stage(name, "rl", config, [base], work)
 
@@ -183,14 +185,21 @@ def compare(
     items = problems(resolve(tasks), r1_recipe.EVALUATED // (5 if few else 1), seed, levels)
     rules = Rules(r1_recipe.ATTEMPTS, max_tokens=max_tokens, seed=seed)
     p.note(models={name: p.relative(folder) for name, folder in models.items()})
+    seconds = 60 * p.table.get("compared", {}).get("minutes", 0.0)
     for name, folder in models.items():
         run = home(p, folder)
         if not (run.evals / f"{EVALUATION}.json").exists():
             p.teller.say(f"solving  {len(items)} held-out problems, {rules.samples} times each: {name}")
+            began = time.perf_counter()
             evaluate(p, run, folder, items, rules)
+            seconds += time.perf_counter() - began
         found = read_json(run.evals / f"{EVALUATION}.json")
         low, high = found["interval"]
         p.teller.say(f"result   {name}: {found['value']:.1%} right ({low:.1%} to {high:.1%})")
+    attempts = len(models) * len(items) * rules.samples
+    p.note(compared={"minutes": seconds / 60, "attempts": attempts})
+    p.run.status(state="done")
+    p.teller.say(f"report   {chain.write(p.run.path)}")
 
 
 def home(p: Pipeline, folder: Path) -> Run:

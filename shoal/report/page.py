@@ -40,13 +40,14 @@ TEMPLATES = jinja2.Environment(
 TEMPLATES.filters |= {"line": words.line, "block": words.block}
 
 
-def write(run: Path | str) -> Path:
-    """Write report.html and report.md into the run and return the path of the page. RunError where there is no run."""
+def write(run: Path | str, name: str = "report") -> Path:
+    """Write report.html and report.md, or others by name, into the run and return the path of the page. RunError where
+    there is no run."""
     folder = Path(run)
     view = look(read(folder), shown(folder))
-    for name, template in (("report.html", "template.html"), ("report.md", "template.md.jinja")):
-        replace_text(folder / name, TEMPLATES.get_template(template).render(view))
-    return folder / "report.html"
+    for suffix, template in (("html", "template.html"), ("md", "template.md.jinja")):
+        replace_text(folder / f"{name}.{suffix}", TEMPLATES.get_template(template).render(view))
+    return folder / f"{name}.html"
 
 
 def shown(folder: Path) -> str:

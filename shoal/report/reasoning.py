@@ -13,7 +13,7 @@ from shoal.report.facts import Facts, items, number, numbers
 from shoal.report.plots import Chart, Line
 from shoal.report.words import MISSING, share, text
 
-COLOURS = ("a", "b", "c")
+COLOURS = ("a", "b", "c", "d")
 TICKS = (0, 4, 16, 64, 256, 1024, 4096, 16384, 65536)  # tokens of thinking
 Row = Mapping[str, Any]
 
