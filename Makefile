@@ -2,13 +2,13 @@
 # On Debian, Python's venv is a package of its own: apt install python3-venv
 
 PYTHON ?= python3
-MINUTES ?= 10
+MINUTES ?= 15
 BIN := .venv/bin
 READY := .venv/.installed
 
 .PHONY: quickstart test test-all check format clean
 
-quickstart: $(READY)  ## train, sample and report in MINUTES
+quickstart: $(READY)  ## base, R1-Zero, R1 and a student, compared in one report, in about MINUTES
 	$(BIN)/shoal quickstart --minutes $(MINUTES)
 
 test: $(READY)  ## the fast tier: two minutes on two cores

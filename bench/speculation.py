@@ -39,7 +39,7 @@ CACHE_BYTES = 2**28
 PROMPT, NEW = 129, 192  # two pages and the token that is fed
 STREAMS = 4  # asked in a round, at least; smaller batches come one after the other
 LEAST_ONE, LEAST_ANY = 1.3, 0.97  # of the better depth at one stream; of any
-HOW = "make one with `shoal quickstart --minutes 10`"
+HOW = "make one with `shoal quickstart --stages base --minutes 10`"
 
 
 class Always(Worth):

@@ -127,5 +127,5 @@ def show(facts: dict[str, Any], missing: list[str], console: Console) -> None:
     table.add_row("kernels", facts["kernels"].removeprefix("kernels: "))
     table.add_row("versions", ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v))
     console.print(table)
-    for line in missing or ["nothing is missing; next: shoal quickstart --minutes 10"]:
+    for line in missing or ["nothing is missing; next: shoal quickstart"]:
         console.print(f"• {line}", markup=False)

@@ -79,7 +79,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
 def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {does}" for verb, (_, does) in VERBS.items())
-    return f"usage: shoal VERB …      `shoal VERB --help` says more\n\n{verbs}\n\nfirst: shoal quickstart --minutes 10"
+    return f"usage: shoal VERB …      `shoal VERB --help` says more\n\n{verbs}\n\nfirst: shoal quickstart"
 
 
 if __name__ == "__main__":

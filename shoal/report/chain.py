@@ -11,16 +11,17 @@ itself is a pretraining, is base.html beside it.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal.report import page, reasoning, words
-from shoal.report.facts import Facts, items, number, numbers, read
+from shoal.report.facts import Facts, items, number, numbers, read, record
 from shoal.report.plots import Chart, Line, smoothed
 from shoal.report.reasoning import COLOURS, Evaluation, rows_of
-from shoal.run import PIPELINE, read_json, replace_text
+from shoal.run import PIPELINE, replace_text
 
 STAGES = {  # what each is called on the page
     "pretrain": "Pretraining",
@@ -46,17 +47,22 @@ LONGEST = 1500  # characters of one answer
 
 @dataclass(frozen=True)
 class Model:
-    """One column: `record` and `attempts` are its evals/problems, the attempts without a budget, by item."""
+    """One column: `found` and `attempts` are its evals/problems, the attempts without a budget, by item."""
 
     name: str
     colour: str
-    record: dict[str, Any]
+    found: dict[str, Any]
     attempts: dict[int, list[dict[str, Any]]]
 
     @property
     def rows(self) -> list[Mapping[str, Any]]:
-        budgets = [p for p in items(self.record, "budgets") if isinstance(p, dict)]
-        return rows_of(budgets[-1]) if budgets else []
+        return self.points[-1][1] if self.points else []
+
+    @property
+    def points(self) -> list[tuple[str, list[Mapping[str, Any]]]]:
+        """(budget in words, rows), the last one free."""
+        budgets = [p for p in items(self.found, "budgets") if isinstance(p, dict)]
+        return [(reasoning.budget(p), rows) for p in budgets if (rows := rows_of(p))]
 
 
 def write(run: Path | str) -> Path:
@@ -72,10 +78,10 @@ def write(run: Path | str) -> Path:
 
 
 def look(facts: Facts, folder: Path) -> dict[str, Any]:
-    table = read_json(folder / PIPELINE)
-    stages = [row for row in items(table, "stages") if isinstance(row, dict)]
-    models = list(models_of(table, folder))
-    found = [Evaluation(m.name, points(m)) for m in models if points(m)]
+    table = record(folder / PIPELINE, facts.problems)
+    stages = [row for row in items(table, "stages") if isinstance(row, dict) and inside(row.get("folder"))]
+    models = list(models_of(table, folder, facts.problems))
+    found = [Evaluation(m.name, m.points) for m in models if m.points]
     rows = list(receipt(facts, table, stages))
     return {
         "facts": facts,
@@ -92,36 +98,39 @@ def look(facts: Facts, folder: Path) -> dict[str, Any]:
         "receipt": rows,
         "total": total(rows),
         "links": [("the base's pretraining", "base.html")] * bool(facts.model)
-        + [(title(s), f"{words.text(s.get('folder'))}/report.html") for s in stages],
+        + [(title(s), f"{s['folder']}/report.html") for s in stages],
         "env": list(page.flat(facts.env)),
         "next_command": f"shoal chat {page.shown(folder)}",
         "words": words,
     }
 
 
-def models_of(table: Mapping[str, Any], folder: Path) -> Iterator[Model]:
+def models_of(table: Mapping[str, Any], folder: Path, problems: list[str]) -> Iterator[Model]:
     known = table.get("models")
     for (name, at), colour in zip(known.items() if isinstance(known, dict) else (), COLOURS):
-        path = folder / words.text(at)
-        home = path.parent.parent if path.resolve().is_relative_to(folder.resolve()) else folder
-        record = read_json(home / "evals" / f"{PROBLEMS}.json")
-        if record:
-            yield Model(str(name), colour, record, attempts(home / "evals" / f"{PROBLEMS}.jsonl"))
+        home = folder / at.partition("/checkpoints/")[0] if inside(at) else folder
+        if found := record(home / "evals" / f"{PROBLEMS}.json", problems):
+            yield Model(str(name), colour, found, attempts(home / "evals" / f"{PROBLEMS}.jsonl", problems))
 
 
-def attempts(path: Path) -> dict[int, list[dict[str, Any]]]:
+def inside(place: object) -> bool:
+    """Whether that is a stage's folder, or a checkpoint of one."""
+    return isinstance(place, str) and bool(re.fullmatch(r"stages/[\w-]{1,80}(/checkpoints/[\w-]{1,80})?", place))
+
+
+def attempts(path: Path, problems: list[str]) -> dict[int, list[dict[str, Any]]]:
+    """Those without a budget, by item."""
     found: dict[int, list[dict[str, Any]]] = {}
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    for line in lines:
-        row = json.loads(line)
-        if row.get("budget") is None:
-            found.setdefault(row["item"], []).append(row)
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError):
+        problems.append(f"{path.name} of {path.parent.parent.name} is damaged and was left out")
+        rows = []
+    for row in rows:
+        if isinstance(row, dict) and isinstance(item := row.get("item"), int) and row.get("budget") is None:
+            found.setdefault(item, []).append(row)
     return found
-
-
-def points(m: Model) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    budgets = [p for p in items(m.record, "budgets") if isinstance(p, dict)]
-    return [(reasoning.budget(p), rows) for p in budgets if (rows := rows_of(p))]
 
 
 def whole(m: Model, name: str) -> float | None:
@@ -171,7 +180,7 @@ def measures(models: Sequence[Model]) -> Iterator[tuple[str, list[str]]]:
         yield f"majority of {k}", [reasoning.score(value) for value in votes]
     yield "tokens of thinking", [one(whole(m, "thinking_tokens")) for m in models]
     for name, what in (("format", "in the right form"), ("language", "thinking in the prompt's language alone")):
-        yield what, [reasoning.score(number(m.record.get(name))) for m in models]
+        yield what, [reasoning.score(number(m.found.get(name))) for m in models]
 
 
 def of_task(m: Model, task: str) -> Mapping[str, Any]:
@@ -227,7 +236,7 @@ def curve(folder: Path, stages: Sequence[dict], metric: str, name: str, about: s
     lines = []
     reinforced = [s for s in stages if s.get("kind") == "rl"]
     for stage, colour in zip(reinforced, ("b", "d", "c")):
-        path = folder / words.text(stage.get("folder"))
+        path = folder / stage["folder"]
         series = read(path).series if (path / "config.toml").is_file() else {}
         seconds, values = dict(series.get("time/seconds", [])), series.get(metric, [])
         raw = [(seconds[step] / 60, y) for step, y in values if step in seconds]

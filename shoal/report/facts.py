@@ -61,16 +61,16 @@ def read(run: Path) -> Facts:
     return Facts(
         name=run.resolve().name,
         config=config,
-        origins={k: str(v) for k, v in _object(run / "config.origin.json", problems).items()},
+        origins={k: str(v) for k, v in record(run / "config.origin.json", problems).items()},
         model=_model(config, problems),
         command=_text(run / "command.txt", problems),
-        env=_object(run / "env.json", problems),
-        status=_object(run / "status.json", problems),
+        env=record(run / "env.json", problems),
+        status=record(run / "status.json", problems),
         series=_series(run / "metrics.jsonl", problems),
         samples=[s for _, s in _folder(run / "samples", problems)][:MAX_SAMPLES],
         evals=dict(_folder(run / "evals", problems)),
-        plan=_object(run / "plan.json", problems),
-        receipt=_object(run / "receipt.json", problems),
+        plan=record(run / "plan.json", problems),
+        receipt=record(run / "receipt.json", problems),
         problems=problems,
     )
 
@@ -113,7 +113,8 @@ def _text(path: Path, problems: list[str]) -> str | None:
         return None
 
 
-def _object(path: Path, problems: list[str]) -> dict[str, Any]:
+def record(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file, and where it is none, which is added to the problems."""
     text = _text(path, problems)
     if text is None:
         return {}
@@ -128,7 +129,7 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _folder(folder: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    found = [(path.stem, _object(path, problems)) for path in sorted(folder.glob("*.json"))]
+    found = [(path.stem, record(path, problems)) for path in sorted(folder.glob("*.json"))]
     return [(name, value) for name, value in found if value]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal.report import page
+from shoal.report import chain, page
+from tests.report.chained import write_chain
 from tests.report.synthetic import write_run
 from tests.report.test_page import HOSTILE, put
 
@@ -50,6 +51,13 @@ def test_a_page_is_silent_and_fetches_nothing(tmp_path, serve):
     assert asked == ["here.test/report.html"]
     assert console == []
     assert "36% less than xz -9e" in dom and "<script" not in dom and "&lt;script&gt;alert(1)" in dom
+
+
+def test_the_page_of_a_chain_is_silent_too(tmp_path, serve):
+    chain.write(write_chain(tmp_path / "run"))
+    asked, console, dom = serve(tmp_path / "run", "report.html")
+    assert asked == ["here.test/report.html"] and console == []
+    assert "R1-Zero: reinforcement alone" in dom and "<script" not in dom
 
 
 def test_what_would_break_the_promise_is_noticed(tmp_path, serve):
