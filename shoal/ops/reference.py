@@ -24,11 +24,13 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor) -> Tensor:
-    """Turn neighbouring pairs (x0, x1), (x2, x3), …: DeepSeek's layout. x is [T, R] or [T, H, R]; fp32 inside."""
-    if x.dim() == 3:
-        cos_TR2, sin_TR2 = cos_TR2[:, None], sin_TR2[:, None]
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos_TR2 - b * sin_TR2, a * sin_TR2 + b * cos_TR2), -1).flatten(-2).type_as(x)
+    """Turn neighbouring pairs (x0, x1), (x2, x3), …: DeepSeek's layout. x is [T, R] or [T, H, R]; fp32 inside.
+
+    A pair is a complex number and turns by one product: the same numbers as cosines and sines one by one give.
+    """
+    turn = torch.complex(cos_TR2, sin_TR2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * (turn[:, None] if x.dim() == 3 else turn)).flatten(-2).type_as(x)
 
 
 def rotate_halves(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor) -> Tensor:
