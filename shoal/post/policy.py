@@ -2,6 +2,8 @@
 
     groups → advantages → batches (answers packed end to end, prompts are read, not predicted) → train_step
 
+Answers to one prompt share it in a batch: it is computed once, and they branch off from it (`Branching`).
+
 `log_probs` takes log π of the tokens drawn without logits ever standing whole in memory; their gradient comes back a
 chunk at a time. Products are in fp32 going forward, so that log π agrees with the engine's, and in the weights' type
 going back.
@@ -12,6 +14,7 @@ Shapes: T tokens of a batch, N completion tokens in it, S answers in it, D model
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -40,11 +43,26 @@ class Answer(NamedTuple):
     weight: float
 
 
+class Branching(Packed):
+    """Segments that begin alike and lie there once. `rows_M` are the batch's rows of each segment, one segment after
+    the other and `lengths` long; `first_T` says where among those a row comes first.
+    """
+
+    def __init__(self, lengths: Sequence[int], rows_M: Tensor, first_T: Tensor):
+        super().__init__(lengths)
+        self.rows_M, self.first_T = rows_M, first_T
+
+    def heads(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.index_select(0, self.rows_M) for x in (q_THK, k_TGK, v_TGV))
+        return super().heads(layer, q, k, v, scale).index_select(0, self.first_T)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A batch of answers with what the loss needs of each token. `routes_TLK`: experts to take again."""
 
     batch: Batch
+    attend: Branching
     lengths_S: Tensor  # completion tokens of each answer
     engine_N: Tensor  # log-probabilities by the weights that drew them
     fresh_N: Tensor  # bool: drawn by the weights as they are now
@@ -61,9 +79,9 @@ class _LogProbs(torch.autograd.Function):
         ctx.save_for_backward(h_ND, weight_VD, targets_N)
         out_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
         wide_VD = weight_VD.float()
-        for rows in chunks(len(h_ND), weight_VD):
-            logits = h_ND[rows].float() @ wide_VD.t()
-            out_N[rows] = logits.gather(1, targets_N[rows, None])[:, 0] - logits.logsumexp(1)
+        for rows in chunks(len(h_ND), wide_VD):
+            logp = torch.log_softmax(h_ND[rows].float() @ wide_VD.t(), 1)
+            out_N[rows] = logp.gather(1, targets_N[rows, None])[:, 0]
         return out_N
 
     @staticmethod
@@ -89,63 +107,87 @@ def packed(answers: Sequence[Answer], version: int, most_tokens: int) -> Iterato
     part: list[Answer] = []
     used = 0
     for answer in answers:
-        n = len(answer.prompt) + len(answer.sample.tokens) - 1
+        before, own = len(answer.prompt) - 1, len(answer.sample.tokens)
+        n = own if part and part[-1].prompt == answer.prompt else before + own
         if part and used + n > most_tokens:
             yield batched(part, version)
-            part, used = [], 0
+            part, used, n = [], 0, before + own
         part.append(answer)
         used += n
     if part:
         yield batched(part, version)
 
 
+class Layout:
+    """A batch's rows as they are laid down in stretches of `lengths`; a segment is the stretches of one text."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.targets: list[int] = []
+        self.positions: list[int] = []
+        self.lengths: list[int] = []
+        self.segments: list[list[range]] = []
+
+    def lay(self, tokens: Sequence[int], targets: Sequence[int], position: int) -> range:
+        start = len(self.tokens)
+        self.tokens += tokens
+        self.targets += targets
+        self.positions += range(position, position + len(tokens))
+        self.lengths.append(len(tokens))
+        return range(start, len(self.tokens))
+
+    def fill(self, texts: Sequence[Sequence[int]], n: int) -> None:
+        """`n` further rows: the texts once more, each by itself, the last one cut off.
+
+        They predict nothing; experts so see tokens of the kind they are for, which a run of padding would not be.
+        """
+        for text in cycle(texts):
+            if not n:
+                break
+            part = text[:n]
+            self.segments.append([self.lay(part, [UNPREDICTED] * len(part), 0)])
+            n -= len(part)
+
+    def attend(self) -> Branching:
+        rows_M = np.concatenate([np.asarray(span) for spans in self.segments for span in spans])
+        first_T = np.empty(len(self.tokens), np.int64)
+        first_T[rows_M[::-1]] = np.arange(len(rows_M))[::-1]
+        lengths = [sum(map(len, spans)) for spans in self.segments]
+        return Branching(lengths, torch.from_numpy(rows_M), torch.from_numpy(first_T))
+
+
 def batched(answers: Sequence[Answer], version: int) -> Rollout:
-    tokens, targets, lengths = [], [], []
-    for a in answers:
-        whole = (*a.prompt, *a.sample.tokens)
-        tokens += whole[:-1]
-        targets += [UNPREDICTED] * (len(a.prompt) - 1) + a.sample.tokens
-        lengths.append(len(whole) - 1)
-    fill = filler(lengths, -len(tokens) % ROUND)
-    tokens += (tokens * ROUND)[: sum(fill)]
-    targets += [UNPREDICTED] * sum(fill)
-    lengths += fill
-    positions = np.concatenate([np.arange(n) for n in lengths])
+    """A prompt's last token belongs to each answer, whose first token it predicts; those before it are shared."""
+    layout = Layout()
+    for prompt, its in groupby(answers, lambda a: a.prompt):
+        shared = layout.lay(prompt[:-1], [UNPREDICTED] * (len(prompt) - 1), 0)
+        for a in its:
+            own = layout.lay([prompt[-1], *a.sample.tokens[:-1]], a.sample.tokens, len(shared))
+            layout.segments.append([shared, own])
+    layout.fill([(*a.prompt, *a.sample.tokens[:-1]) for a in answers], -len(layout.tokens) % ROUND)
     batch = Batch(
-        torch.tensor(tokens), torch.tensor(targets), torch.from_numpy(positions), tuple(lengths), 0,
-        tuple(a.sample.seed for a in answers),
+        torch.tensor(layout.tokens), torch.tensor(layout.targets), torch.tensor(layout.positions),
+        tuple(layout.lengths), 0, tuple(a.sample.seed for a in answers),
     )  # fmt: skip
-    n_S = torch.tensor([len(a.sample.tokens) for a in answers])
+    attend, n_S = layout.attend(), torch.tensor([len(a.sample.tokens) for a in answers])
     stamps = torch.tensor([v for a in answers for v in a.sample.versions])
     return Rollout(
         batch,
+        attend,
         n_S,
         torch.tensor([p for a in answers for p in a.sample.logprobs]),
         stamps == version,
         torch.tensor([a.advantage for a in answers]).repeat_interleave(n_S),
         torch.tensor([a.weight for a in answers]).repeat_interleave(n_S),
-        _routes([a.sample for a in answers], len(tokens)),
+        _routes(answers, attend),
     )
 
 
-def filler(lengths: Sequence[int], n: int) -> list[int]:
-    """Lengths of further segments, `n` tokens in all: the batch from its beginning once more.
-
-    They predict nothing; experts so see tokens of the kind they are for, which a run of padding would not be.
-    """
-    found: list[int] = []
-    while left := n - sum(found):
-        found.append(min(lengths[len(found) % len(lengths)], left))
-    return found
-
-
-def _routes(samples: Sequence[Sample], T: int) -> Tensor | None:
-    """Of the batch, repeated up to T tokens; None where any answer lacks them."""
-    found = [s.routes_TLK for s in samples if s.routes_TLK is not None]
-    if len(found) < len(samples):
-        return None
-    routes_TLK = torch.cat(found)
-    return routes_TLK[torch.arange(T) % len(routes_TLK)]
+def _routes(answers: Sequence[Answer], attend: Branching) -> Tensor | None:
+    """Experts of each row, what fills the batch up included; None where any answer lacks them."""
+    known = [a.sample.routes_TLK for a in answers]
+    parts = [routes[:n] for routes, n in zip(cycle(known), attend.lengths) if routes is not None]
+    return torch.cat(parts)[attend.first_T] if len(parts) == len(attend.lengths) else None
 
 
 @torch.no_grad()
@@ -153,7 +195,7 @@ def scored(model: Transformer, rollout: Rollout, replay: bool = False) -> Tensor
     """log π of a batch's completion tokens as the trainer sees them: fp32 [N]."""
     b = rollout.batch
     with replayed(model, [rollout] if replay else []):
-        h_TD, _ = model.body(model.embed(b.tokens_T), b.positions_T, Packed(b.lengths))
+        h_TD, _ = model.body(model.embed(b.tokens_T), b.positions_T, rollout.attend)
     drawn_T = b.targets_T >= 0
     return log_probs(h_TD[drawn_T], model.head.weight, b.targets_T[drawn_T])
 
@@ -195,6 +237,9 @@ class Objective:
         self.known = {r.batch.ids: (r, o, ref) for r, o, ref in zip(rollouts, old, references, strict=True)}
         self.found: list[tuple[grpo.Surrogate, Tensor, Rollout]] = []
         self.flips = 0  # tokens whose experts the trainer would have chosen otherwise, over layers
+
+    def attend(self, batch: Batch) -> Branching:
+        return self.known[batch.ids][0].attend
 
     def __call__(self, batch: Batch, h_TD: Tensor, weight_VD: Tensor, n_targets: int) -> Tensor:
         c = self.config

@@ -251,7 +251,7 @@ def update(
     for rollouts, its_old, its_references in zip(made, old, references):
         objective = Objective(p, rollouts, its_old, its_references)
         with policy.replayed(state.model, rollouts if p.replay_routes else []) as routers:
-            results.append(train_step(state, [r.batch for r in rollouts], objective))
+            results.append(train_step(state, [r.batch for r in rollouts], objective, objective.attend))
         objective.flips = sum(router.flips for router in routers)
         if not objectives:
             require_same_weights(p.most_gap, objective)

@@ -57,7 +57,7 @@ class PolicyConfig:
     mtp_weight: float = 0.1
     balance_alpha: float = 1e-4
     bias_speed: float = 1e-3
-    micro_tokens: int = 4096  # tokens that go through the model at once
+    micro_tokens: int = 8192  # tokens that go through the model at once
     most_gap: float = 0.05
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shoal.data.loader import Batch
-from shoal.model.attend import Packed
+from shoal.model.attend import Attend, Packed
 from shoal.model.moe import Routes
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
@@ -89,7 +89,7 @@ class Losses:
 def losses(
     model: Transformer,
     batch: Batch,
-    attend: Packed,
+    attend: Attend,
     n_targets: int,
     mtp_weight: float,
     balance_alpha: float,

@@ -1,6 +1,6 @@
 """One training step, and the state it advances. Every stage's loop calls it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shoal.data.loader import Batch
-from shoal.model.attend import Packed
+from shoal.model.attend import Attend, Packed
 from shoal.model.moe import Routes
 from shoal.model.transformer import Transformer
 from shoal.train import balance, optim, schedule
@@ -98,16 +98,26 @@ class TrainState:
         return c.progress + (1 - c.progress) / max(1, c.total_steps - c.step)
 
 
-def train_step(state: TrainState, batches: Sequence[Batch], main_loss: Main = next_token) -> StepResult:
+def by_segment(batch: Batch) -> Attend:
+    return Packed(batch.lengths)
+
+
+def train_step(
+    state: TrainState,
+    batches: Sequence[Batch],
+    main_loss: Main = next_token,
+    attend: Callable[[Batch], Attend] = by_segment,
+) -> StepResult:
     """Forward and backward over the micro-batches of one step, then one update, unless something is wrong with it.
 
-    A stage with another loss than the next token's hands it in; it is a mean over the targets of the whole step.
+    A stage with another loss than the next token's hands it in; it is a mean over the targets of the whole step. So it
+    does with what attends to what, where a batch isn't segments end to end.
     """
     n_targets = sum(int((b.targets_T >= 0).sum()) for b in batches)
     n_tokens = sum(len(b.tokens_T) for b in batches)
     parts, gradients = [], None
     for batch in batches:
-        parts.append(backward(state, batch, n_targets, n_tokens, main_loss))
+        parts.append(backward(state, batch, n_targets, n_tokens, main_loss, attend))
         if len(batches) > 1:
             gradients = summed(state.optimizer, gradients)
     gradients = gradients or state.optimizer.gradients()
@@ -129,13 +139,20 @@ def train_step(state: TrainState, batches: Sequence[Batch], main_loss: Main = ne
     )
 
 
-def backward(state: TrainState, batch: Batch, n_targets: int, n_tokens: int, main_loss: Main = next_token) -> Losses:
+def backward(
+    state: TrainState,
+    batch: Batch,
+    n_targets: int,
+    n_tokens: int,
+    main_loss: Main = next_token,
+    attend: Callable[[Batch], Attend] = by_segment,
+) -> Losses:
     """Gradients of one micro-batch, a part of a step of so many targets and tokens, onto the parameters."""
     c, model, batch = state.config, state.model, batch.to(state.device)
     weight = schedule.mtp_weight(c.loss, state.counters.progress)
     alpha = c.loss.balance_alpha * len(batch.tokens_T) / n_tokens
     run = recomputed if c.recompute else None
-    part = losses(model, batch, Packed(batch.lengths), n_targets, weight, alpha, c.batch.context, run, main_loss)
+    part = losses(model, batch, attend(batch), n_targets, weight, alpha, c.batch.context, run, main_loss)
     part.total.backward()
     return part
 

@@ -42,9 +42,8 @@ def test_packing_changes_no_log_probability(most_tokens):
     m, made = model(), answers()
     found = []
     for rollout in packed(made, 3, most_tokens):
-        assert (
-            sum(rollout.batch.lengths) == len(rollout.batch.tokens_T) and not len(rollout.batch.tokens_T) % policy.ROUND
-        )
+        assert sum(rollout.batch.lengths) == len(rollout.batch.tokens_T) == len(rollout.attend.first_T)
+        assert not len(rollout.batch.tokens_T) % policy.ROUND
         assert len(rollout.engine_N) == int((rollout.batch.targets_T >= 0).sum()) == int(rollout.lengths_S.sum())
         found += scored(m, rollout).split(rollout.lengths_S.tolist())
     for answer, logp in zip(made, found, strict=True):
@@ -53,6 +52,39 @@ def test_packing_changes_no_log_probability(most_tokens):
         n = len(answer.prompt)
         expected = logits[n - 1 : -1].gather(1, whole[n:, None])[:, 0]
         assert torch.allclose(logp, expected, atol=1e-5)
+
+
+def group(n: int = 3) -> list[Answer]:
+    """Answers to one prompt, then one to another."""
+    made = answers(n + 1)
+    return [a._replace(prompt=made[1].prompt) for a in made[:n]] + made[n:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_prompt_is_computed_once_and_gets_the_gradient_of_all(dtype):
+    m, made = model().set_dtype(dtype), group()
+    (shared,) = packed(made, 3, 10_000)
+    alone = [rollout for answer in made for rollout in packed([answer], 3, 10_000)]
+    assert len(shared.batch.tokens_T) == policy.ROUND
+    stretches = shared.batch.lengths[: 2 + len(made)]  # two prompts, and what was said to them
+    assert sum(stretches) == sum(fed(a) for a in made) - 2 * (len(made[0].prompt) - 1)
+
+    def learnt(rollouts) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        m.zero_grad()
+        found = []
+        for r in rollouts:
+            h, _ = m.body(m.embed(r.batch.tokens_T), r.batch.positions_T, r.attend)
+            drawn = r.batch.targets_T >= 0
+            logp = log_probs(h[drawn], m.head.weight, r.batch.targets_T[drawn])
+            (r.advantage_N * logp).sum().backward()
+            found.append(logp.detach())
+        return torch.cat(found), [p.grad.float().clone() for p in m.parameters() if p.grad is not None]
+
+    (logp, gradients), (expected, theirs) = learnt([shared]), learnt(alone)
+    tolerance = 1e-4 if dtype is torch.float32 else 0.05
+    assert (logp - expected).abs().max() < tolerance
+    for a, b in zip(gradients, theirs, strict=True):
+        assert (a - b).norm() <= tolerance * (1e-3 + b.norm())
 
 
 def test_tokens_keep_their_advantage_weight_and_version():
@@ -71,19 +103,25 @@ def fed(answer: Answer) -> int:
     return len(answer.prompt) + len(answer.sample.tokens) - 1
 
 
+def take_routes(m, rollout, answers) -> torch.Tensor:
+    """Give each answer the experts that the trainer chose for it: all of them, segment by segment."""
+    b = rollout.batch
+    with torch.no_grad():
+        _, routes = m.body(m.embed(b.tokens_T), b.positions_T, rollout.attend)
+    own = torch.stack([r.experts_TK for r in routes], 1)[rollout.attend.rows_M]
+    for answer, its in zip(answers, own.split(rollout.attend.lengths)):
+        answer.sample.routes_TLK = its.clone()
+    return own
+
+
 def test_routes_are_taken_again_and_flips_counted():
     m, made = model(), answers(3)
     (plain,) = packed(made, 3, 10_000)
-    _, routes = m.body(m.embed(plain.batch.tokens_T), plain.batch.positions_T, Packed(plain.batch.lengths))
-    own = torch.stack([r.experts_TK for r in routes], 1)
-    at = 0
-    for answer in made:
-        answer.sample.routes_TLK = own[at : at + fed(answer)].clone()
-        at += fed(answer)
+    own = take_routes(m, plain, made)
     (same,) = packed(made, 3, 10_000)
     with replayed(m, [same]) as routers:
         with torch.no_grad():
-            h, _ = m.body(m.embed(same.batch.tokens_T), same.batch.positions_T, Packed(same.batch.lengths))
+            m.body(m.embed(same.batch.tokens_T), same.batch.positions_T, same.attend)
         assert sum(r.flips for r in routers) == 0
     assert torch.allclose(scored(m, same, replay=True), scored(m, plain), atol=1e-6)
     made[0].sample.routes_TLK = (own[: fed(made[0])] + 1) % 8
@@ -97,7 +135,7 @@ def test_the_objective_reports_gap_and_ratios():
     (rollout,) = packed(made, 3, 10_000)
     objective = Objective(PolicyConfig(variant="grpo"), [rollout], [None], [None])
     b = rollout.batch
-    h, _ = m.body(m.embed(b.tokens_T), b.positions_T, Packed(b.lengths))
+    h, _ = m.body(m.embed(b.tokens_T), b.positions_T, rollout.attend)
     loss = objective(b, h, m.head.weight, 1)
     assert loss.requires_grad
     gap, ratios = objective.gap(), objective.ratios()
