@@ -1,4 +1,4 @@
-"""The models that are served side by side, with random weights: build/bench/small and build/bench/large.
+"""The models that are held side by side, with random weights: build/bench/small, build/bench/large, build/bench/tiny.
 
 What weights say doesn't change how fast they are read, but where everything is nearly zero all tokens go to the same
 experts and nobody sees a mistake. So they are drawn to keep activations at size one, with norms around one and router
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.shape import LARGE, SHAPE
+from bench.shape import LARGE, SHAPE, TINY
 from shoal.data.config import DataConfig
 from shoal.data.corpus import prepare as prepare_corpus
 from shoal.data.tokenizer import SPECIALS
@@ -21,7 +21,7 @@ from shoal.model import hf
 from shoal.model.config import ModelConfig
 from shoal.model.transformer import Transformer
 
-SHAPES = {"small": SHAPE, "large": LARGE}
+SHAPES = {"small": SHAPE, "large": LARGE, "tiny": TINY}
 FOLDER = Path("build/bench")
 PROMPT, DECODE, PREFILL = 16, 128, 512  # tokens: before decoding, decoded after the first one, and read at once
 

@@ -2,7 +2,8 @@
 
 107.5M parameters, 26M of them in matrices that multiply a token: DeepSeek-V3's architecture without its multi-token
 module, which no peer trains. Eight rows of 512 tokens of real code (the interpreter's own library) make a step. `LARGE`
-is for what only reads weights: 1.39B parameters, 193M of them a token's, more than any cache holds.
+is for what only reads weights: 1.39B parameters, 193M of them a token's, more than any cache holds. `TINY`, 0.95M, is
+for reinforcement learning, where a step is 128 answers: to the size of model that two cores teach to reason in minutes.
 """
 
 from pathlib import Path
@@ -31,6 +32,17 @@ LARGE = ModelConfig(
         n_heads=16, q_lora_rank=192, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
     ),
     moe=MoEConfig(n_routed_experts=64, n_shared_experts=1, n_activated=6, moe_dim=512, n_group=4, topk_group=2),
+)
+TINY = ModelConfig(
+    vocab_size=1024,
+    dim=128,
+    n_layers=4,
+    hidden_dim=384,
+    attention=MLAConfig(
+        n_heads=4, q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+    ),
+    moe=MoEConfig(n_routed_experts=8, n_shared_experts=1, n_activated=2, moe_dim=32, n_group=4, topk_group=2),
+    init_std=0.02,
 )
 ROWS, CONTEXT, THREADS = 8, 512, 2
 STEP_TOKENS = ROWS * CONTEXT
