@@ -25,6 +25,7 @@ VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first 
     "generate": ("generate", "continue a prompt with a model"),
     "score": ("score", "log-probabilities and bits per byte of a text"),
     "eval": ("eval", "how well a model solves held-out problems, at several budgets of thinking"),
+    "samples": ("samples", "what a model answered in training or an evaluation, and what it was worth"),
     "serve": ("serve", "a model behind an OpenAI-shaped API and a chat page"),
     "keys": ("keys", "who may use the API, how fast and how much"),
     "usage": ("usage", "what was used and what it cost, by key, model or day"),
