@@ -10,7 +10,7 @@ from pathlib import Path
 from bench import grpo, models
 from bench.shape import THREADS
 from shoal.cli.opened import open_model
-from shoal.post import rl
+from shoal.post import judge, rl
 from shoal.post.rl_config import PolicyConfig, RLConfig, RolloutConfig
 from shoal.run import Run
 from shoal.tasks.grading import Graders
@@ -47,7 +47,7 @@ class OurStep:
         )
         engine = held.enter_context(closing(rl.engine_for(config, state.model)))
         graders = held.enter_context(Graders())
-        self.stage = rl.begun(config, run, state, engine, opened.tokenizer, [TASK], graders)
+        self.stage = rl.begun(config, run, state, engine, opened.tokenizer, [TASK], graders, judge.Rules())
         self.stage.rollouts.draw, self.stage.rollouts.stops = item, frozenset()
         self.clock, self.tokens, self.held = loop.begin(state, 1000), tokens, held
 
