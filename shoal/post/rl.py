@@ -314,6 +314,7 @@ def measured(
         "rl/teaching": sum(len({s.reward for s in g.samples}) > 1 for g in seen) / max(1, len(seen)),
         "rl/stale": sum(v != stage.rollouts.version for s in samples for v in s.versions) / tokens,
     }
+    metrics |= {f"solved/{task}/{level}": rate for task, level, rate in stage.curriculum.state()}
     if results:
         last = results[-1]
         metrics |= {"train/loss": last.loss, "train/grad_norm": last.grad_norm, "train/lr": last.lr}

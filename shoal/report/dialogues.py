@@ -16,6 +16,7 @@ from shoal.report.facts import items, number, numbers
 
 ROLLOUTS = "rollouts.jsonl"
 END = "</think>"
+END_BYTES = 1 << 20  # of the file, at either end, in which the first and the last step are looked for
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,34 @@ def sources(run: Path) -> list[Path]:
     """The files of a run that hold answers: what it learnt from, then its evaluations."""
     rollouts = run / "samples" / ROLLOUTS
     return [rollouts] * rollouts.is_file() + sorted((run / "evals").glob("*.jsonl"))
+
+
+def ends(run: Path, most: int = 2) -> list[Dialogue]:
+    """Of the first and of the last step that a run of reinforcement kept: the first answer to each of some prompts."""
+    path = run / "samples" / ROLLOUTS
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        head = file.read(END_BYTES)
+        file.seek(max(0, file.seek(0, 2) - END_BYTES))
+        tail = file.read()
+    parts = [
+        [d for line in part.decode("utf-8", "replace").splitlines() if (d := dialogue(line))] for part in (head, tail)
+    ]
+    steps = [[d.step for d in part if d.step is not None] for part in parts]
+    if not all(steps):
+        return []
+    first, last = min(steps[0]), max(steps[1])
+    found = firsts(parts[0], first, most)
+    return found if last == first else found + firsts(parts[1], last, most)
+
+
+def firsts(part: list[Dialogue], step: int, most: int) -> list[Dialogue]:
+    by_prompt: dict[int, Dialogue] = {}
+    for d in part:
+        if d.step == step:
+            by_prompt.setdefault(d.index, d)
+    return list(by_prompt.values())[:most]
 
 
 def read(path: Path) -> Iterator[Dialogue | None]:

@@ -45,6 +45,10 @@ class Facts:
         value = number(self.evals.get("held_out", {}).get("value"))
         return value if value is not None else self.last("eval/bits_per_byte")
 
+    def by_step(self) -> list[tuple[str, dict[str, Any]]]:
+        """Evaluations in the order of the steps they were made at; one without a step came before all of them."""
+        return sorted(self.evals.items(), key=lambda named: number(named[1].get("step")) or 0.0)
+
     def yardsticks(self) -> dict[str, float]:
         """Bits per byte of ordinary compressors on the held-out text."""
         found = self.evals.get("held_out", {}).get("yardsticks")

@@ -3,6 +3,7 @@
 Read are config.toml, config.origin.json, command.txt, env.json, status.json, metrics.jsonl (see run.py), and these,
 all optional, fields too; numbers are plain JSON numbers:
 
+    samples/rollouts.jsonl  what reinforcement learnt from (`dialogues.py`), beside its metrics (`reinforcement.py`)
     samples/NAME.json   {prompt, text, step, temperature, top_p, seed, tokens}       `text` is the continuation alone
     evals/NAME.json     {name, metric, value, better: "lower" | "higher", step, measured_on, yardsticks: {name: value}}
     evals/held_out.json the same with metric "bits_per_byte": the verdict; yardsticks are compressors on the same text
@@ -16,7 +17,7 @@ What is missing is shown as not measured, what is damaged is named. Whatever a m
 every value is escaped, the page runs no script and its content policy would not let it, and nothing is fetched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,15 @@ import jinja2
 from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.counts import count_parameters
 from shoal.plan import cost, memory
-from shoal.report import curves, plots, reasoning, words
+from shoal.report import curves, plots, reasoning, reinforcement, words
+from shoal.report.dialogues import Dialogue, ends
 from shoal.report.facts import Facts, flat, items, number, numbers, read
 from shoal.run import replace_text
 
+SPARKLINES = (
+    "train/loss", "eval/bits_per_byte", "speed/tokens_per_second", "moe/load_max_over_mean", "rl/accuracy", "rl/reward",
+    "rl/length", "rl/entropy", "rl/teaching", "gap/k3",
+)  # fmt: skip
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=lambda name: bool(name and name.endswith(".html")),
@@ -44,7 +50,7 @@ def write(run: Path | str, name: str = "report") -> Path:
     """Write report.html and report.md, or others by name, into the run and return the path of the page. RunError where
     there is no run."""
     folder = Path(run)
-    view = look(read(folder), shown(folder))
+    view = look(read(folder), shown(folder), ends(folder))
     for suffix, template in (("html", "template.html"), ("md", "template.md.jinja")):
         replace_text(folder / f"{name}.{suffix}", TEMPLATES.get_template(template).render(view))
     return folder / f"{name}.html"
@@ -56,21 +62,22 @@ def shown(folder: Path) -> str:
     return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(folder)
 
 
-def look(facts: Facts, path: str) -> dict[str, Any]:
-    """Everything the templates print, in words and geometry."""
-    solved = reasoning.evaluations(facts)
+def look(facts: Facts, path: str, answers: Sequence[Dialogue] = ()) -> dict[str, Any]:
+    """Everything the templates print, in words and geometry. `answers` are some that the run learnt from."""
+    solved, rl = reasoning.evaluations(facts), reinforcement.reinforced(facts)
     return {
         "facts": facts,
-        "verdict": words.verdict(facts),
+        "verdict": reinforcement.verdict(facts) if rl else words.verdict(facts),
         "state": facts.status.get("state"),
-        "tiles": words.tiles(facts),
+        "tiles": reinforcement.tiles(facts) if rl else words.tiles(facts),
         "bars": yardsticks(facts),
         "school": school(facts.model),
-        "charts": [chart for make in curves.ALL if (chart := make(facts))],
+        "charts": reinforcement.charts(facts) if rl else [chart for make in curves.ALL if (chart := make(facts))],
+        "reinforced": {"levels": reinforcement.levels(facts), "talks": reinforcement.talks(answers)} if rl else None,
         "sparklines": list(sparklines(facts)),
         "heat": heat(facts.evals.get("expert_load", {})),
         "samples": [words.clipped(s) for s in facts.samples],
-        "evals": [e for name, e in facts.evals.items() if name not in ("held_out", "expert_load") and "metric" in e],
+        "evals": [e for name, e in facts.by_step() if name not in ("held_out", "expert_load") and "metric" in e],
         "solved": {"charts": reasoning.charts(solved), "tables": list(reasoning.tables(solved))},
         "receipt": list(receipt(facts)),
         "why": items(facts.plan, "why"),
@@ -79,9 +86,13 @@ def look(facts: Facts, path: str) -> dict[str, Any]:
             (k, v, facts.origins[k]) for k, v in flat(facts.config) if facts.origins.get(k, "default") != "default"
         ],
         "env": list(flat(facts.env)),
-        "next_command": words.text(facts.receipt.get("next_command")) or f'shoal generate {path} --prompt "def main("',
+        "next_command": words.text(facts.receipt.get("next_command")) or next_command(path, rl),
         "words": words,
     }
+
+
+def next_command(path: str, reinforced: bool) -> str:
+    return f"shoal samples {path}" if reinforced else f'shoal generate {path} --prompt "def main("'
 
 
 def yardsticks(facts: Facts) -> list[dict[str, Any]]:
@@ -106,7 +117,7 @@ def school(model: ModelConfig | None) -> list[dict[str, Any]]:
 
 
 def sparklines(facts: Facts) -> Iterator[tuple[str, str, float, float]]:
-    for name in ("train/loss", "eval/bits_per_byte", "speed/tokens_per_second", "moe/load_max_over_mean"):
+    for name in SPARKLINES:
         if points := facts.series.get(name):
             yield name, plots.sparkline(points), points[0][1], points[-1][1]
 

@@ -32,7 +32,7 @@ class Evaluation:
 
 def evaluations(facts: Facts) -> list[Evaluation]:
     found = []
-    for stem, record in facts.evals.items():
+    for stem, record in facts.by_step():
         points = [(budget(p), rows) for p in items(record, "budgets") if isinstance(p, dict) and (rows := rows_of(p))]
         if points:
             found.append(Evaluation(text(record.get("name")) or stem, points))

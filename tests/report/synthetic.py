@@ -47,6 +47,49 @@ def write_run(folder: Path, steps: int = 1400, seed: int = 0) -> Path:
     return folder
 
 
+def write_reinforced(folder: Path, steps: int = 200, seed: int = 0) -> Path:
+    """A run of `shoal rl`: it learns to show its work, and with that to be right."""
+    for name in ("samples", "evals"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text('tasks = "chain_sum,addition"\nminutes = 10.0\n')
+    (folder / "command.txt").write_text("shoal rl r1_zero --model runs/latest --minutes 10\n")
+    put(folder / "status.json", {"state": "done", "step": steps})
+    for name, better, step in (("before", -0.45, None), ("after", 0.05, steps)):
+        put(folder / f"evals/{name}.json", solved(name, better) | {"step": step})
+    chance = random.Random(seed)
+    lines = [reinforced(step, steps, chance) for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = [rolled(step, index, s) for step in (1, steps) for index in (2 * step, 2 * step + 1) for s in range(4)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    (folder / "samples/rollouts.jsonl").write_text(text, "utf-8")
+    return folder
+
+
+def reinforced(step: int, steps: int, chance: random.Random) -> dict:
+    x, noise = step / steps, chance.gauss(0, 0.03)
+    right = 0.27 + 0.55 * (1 - exp(-4 * x)) + noise
+    found = {
+        "step": step, "time/seconds": 3.0 * step, "speed/samples_per_second": 171.0 + 100 * noise,
+        "rl/accuracy": right, "rl/format": min(1.0, 0.93 + 0.07 * x + noise / 9), "rl/reward": right + 0.1,
+        "rl/length": 18 + 13 * x + 20 * noise, "rl/entropy": 0.24 * exp(-2 * x) + abs(noise), "rl/unfinished": 0.0,
+        "rl/teaching": 0.85 - 0.5 * x + noise, "gap/k3": 10 ** (-4.6 + 9 * noise),
+        "moe/load_max_over_mean": 1.5 + noise,
+    }  # fmt: skip
+    rates = {"addition/1": 0.99, "addition/2": 0.9, "chain_sum/1": 0.8, "chain_sum/2": 0.45, "letter_count/2": 0.7}
+    return found | {f"solved/{name}": 0.3 + (rate - 0.3) * (1 - exp(-5 * x)) for name, rate in rates.items()}
+
+
+def rolled(step: int, index: int, sample: int) -> dict:
+    worked = step > 1 or sample == 3
+    thinking = "Step by step.\n17 + 48 = 65\n65 - 9 = 56\n" if worked else ""
+    said = f"</think><answer>{56 if worked else 61}</answer>"
+    return {
+        "step": step, "index": index, "sample": sample, "task": "chain_sum", "level": 2, "expected": "56",
+        "prompt": "What is 17 + 48 - 9?", "text": thinking + said, "outcome": "right" if worked else "wrong",
+        "reward": 1.1 if worked else 0.1, "advantage": 0.25, "tokens": [], "logprobs": [], "ratios": [],
+    }  # fmt: skip
+
+
 def metrics(steps: int, chance: random.Random):
     seconds = 0.0
     for step in range(1, steps + 1):

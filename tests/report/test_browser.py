@@ -1,5 +1,6 @@
 """The page in a real browser: it says nothing on the console and asks nobody for anything."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from shoal.report import chain, page
 from tests.report.chained import write_chain
-from tests.report.synthetic import write_run
+from tests.report.synthetic import write_reinforced, write_run
 from tests.report.test_page import HOSTILE, put
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -58,6 +59,17 @@ def test_the_page_of_a_chain_is_silent_too(tmp_path, serve):
     asked, console, dom = serve(tmp_path / "run", "report.html")
     assert asked == ["here.test/report.html"] and console == []
     assert "R1-Zero: reinforcement alone" in dom and "<script" not in dom
+
+
+def test_a_page_of_reinforcement_is_silent_too(tmp_path, serve):
+    run = write_reinforced(tmp_path / "run")
+    line = {"step": 200, "index": 9, "sample": 0, "prompt": HOSTILE, "text": HOSTILE, "outcome": HOSTILE}
+    with (run / "samples/rollouts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    page.write(run)
+    asked, console, dom = serve(run, "report.html")
+    assert asked == ["here.test/report.html"] and console == []
+    assert "Engine against trainer" in dom and "<script" not in dom
 
 
 def test_what_would_break_the_promise_is_noticed(tmp_path, serve):
