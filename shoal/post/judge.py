@@ -51,8 +51,8 @@ class Preference(Protocol):
 
 
 class Rules:
-    """The share of these that hold: it has the right form, says so in words where it ends, doesn't repeat itself, and
-    keeps to the language of the prompt from beginning to end."""
+    """The share of these that hold: it has the right form, ends its thinking by saying the result in words, doesn't
+    repeat itself, and keeps to the language of the prompt from beginning to end."""
 
     def __enter__(self) -> Self:
         return self
@@ -69,15 +69,21 @@ def obeyed(prompt: str, completion: str) -> list[bool]:
     lines = [line.strip() for line in reasoning.splitlines() if line.strip()]
     return [
         bool(well_formed(completion) and answer.strip()),
-        bool(lines) and concludes(lines[-1]),
+        bool(lines) and concludes(lines[-1], answer),
         all(lines.count(line) <= MOST_REPEATS for line in lines),
         language_share(f"{reasoning}\n{answer}", language_of(prompt)) == 1.0,
     ]
 
 
-def concludes(line: str) -> bool:
-    """A sentence of words that is over."""
-    return line.endswith((".", "!", "。", "！")) and len(re.findall(r"[^\W\d_]", line)) >= 3
+def concludes(line: str, answer: str) -> bool:
+    """A sentence of words that is over, and that names the answer where it names a figure."""
+    sentence = line.endswith((".", "!", "。", "！")) and len(re.findall(r"[^\W\d_]", line)) >= 3
+    return sentence and (answer in line or not re.search(r"\d", line))
+
+
+def readable(prompt: str, completion: str) -> bool:
+    """Whether all rules hold."""
+    return all(obeyed(prompt, completion))
 
 
 class Judge:

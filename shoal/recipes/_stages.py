@@ -5,6 +5,7 @@ Each composes what the verbs do (`_tune.py`, `_reinforce.py`, `post/distill.py`,
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,6 +23,7 @@ from shoal.post import distill, rl
 from shoal.post.answers import Answers
 from shoal.post.config import SftConfig
 from shoal.post.conversations import Conversation
+from shoal.post.judge import readable
 from shoal.post.packing import samples_of
 from shoal.post.rewards import language_of, language_share, thinking, well_formed
 from shoal.post.rl_config import RLConfig
@@ -30,6 +32,7 @@ from shoal.post.sft import sft
 from shoal.post.teacher import LocalTeacher
 from shoal.recipes import _lessons
 from shoal.recipes import r1 as r1_recipe
+from shoal.recipes._job import write_json
 from shoal.recipes._pipeline import Pipeline, Stopped, checkpoint_of
 from shoal.recipes._reinforce import GUESSED_SECONDS
 from shoal.recipes._tune import watched
@@ -45,6 +48,7 @@ from shoal.train.step import TrainState
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHUNK = 128  # prompts that are asked at once; the clock is looked at in between
 LEAST_GENERAL = 64  # questions, so that there is something to learn whatever came of the others
+SHOWN = 6  # lessons on the page of sampling
 EVALUATION = "problems"  # evals/problems.json
 
 
@@ -124,14 +128,18 @@ def sample(p: Pipeline, name: str, config: SamplesConfig, tasks: str, levels: Se
             asked = ask(p, run, config, teacher, prompts, answers)
             said = answers.of([prompt.text for prompt in asked], config.samples)
         with Graders() as graders:
-            kept = select(asked, said, graders, config.keep)
-        p.teller.say(f"kept     {kept}")
-        more = _lessons.general(max(LEAST_GENERAL, int(config.general * len(kept.conversations))), config.seed)
+            every = replace(config.keep, per_prompt=config.samples)
+            kept = clear(select(asked, said, graders, every), config.keep.per_prompt)
+        p.teller.say(f"kept     {told_of(kept)}")
         if not kept.conversations:
             p.teller.say("kept     nothing: what comes next learns general data alone; give it more minutes")
+        more = _lessons.general(max(LEAST_GENERAL, int(config.general * len(kept.conversations))), config.seed)
         path = _lessons.write(run.path / _lessons.FILE, [*kept.conversations, *more])
+        show_lessons(run, kept, len(said))
         run.status(state="done", lessons=len(kept.conversations) + len(more))
-        return path, counted(kept, len(more), sum(a.completion_tokens for a in said))
+        tokens = sum(a.completion_tokens for a in said)
+        facts = {"lessons": len(kept.conversations), "general": len(more), "answers": len(said), "tokens": tokens}
+        return path, facts | {"verdicts": dict(kept.counts)}
 
     return p.stage(name, "samples", config, [base], work)
 
@@ -160,9 +168,37 @@ def ask(
     return asked
 
 
-def counted(kept: Selection, general: int, tokens: int) -> dict:
-    lessons = len(kept.conversations)
-    return {"verdicts": dict(kept.counts), "lessons": lessons, "general": general, "tokens": tokens}
+def clear(found: Selection, per_prompt: int) -> Selection:
+    """Those that somebody could follow, so not right by luck (`judge.readable`), at most `per_prompt` of a prompt."""
+    kept, unclear, taken = [], 0, Counter()
+    for talk in found.conversations:
+        prompt = talk.messages[0].content
+        if not readable(prompt, completion(talk)):
+            unclear += 1
+        elif taken[prompt] < per_prompt:
+            taken[prompt] += 1
+            kept.append(talk)
+    surplus = len(found.conversations) - unclear - len(kept)
+    return Selection(kept, found.counts + Counter(unclear=unclear, surplus=surplus) - Counter(kept=unclear + surplus))
+
+
+def completion(talk: Conversation) -> str:
+    said = talk.messages[1]
+    return f"{said.reasoning}</think><answer>{said.content}</answer>"
+
+
+def told_of(kept: Selection) -> str:
+    return ", ".join(f"{n:,} {verdict}" for verdict, n in kept.counts.most_common())
+
+
+def show_lessons(run: Run, kept: Selection, asked: int) -> None:
+    """For the stage's page: the share that was kept, and the first of them."""
+    share = len(kept.conversations) / max(1, asked)
+    found = {"name": "right, readable, and each once", "metric": "share", "value": share, "better": "higher"}
+    write_json(run.evals / "kept.json", found | {"measured_on": f"{asked:,} answers to training problems"})
+    for number, talk in enumerate(kept.conversations[:SHOWN]):
+        text = completion(talk)
+        write_json(run.samples / f"{number}.json", {"prompt": f"{talk.messages[0].content}\n", "text": text})
 
 
 def finished(state: TrainState) -> TrainState:

@@ -109,11 +109,24 @@ def verdict(f: Facts) -> list[str]:
         n = count_parameters(f.model)
         what = f"A {count(n.total)}-parameter language model"
     value = f.bits_per_byte()
-    if value is None:
+    if told := of_stage(f):
+        head = told
+    elif value is None:
         head = f"{what} whose quality on held-out text was not measured"
     else:
         head = f"{what} that needs {value:.3f} bits per byte of text it never saw{against(f, value)}"
     return [head, *filter(None, (trained(f), kept(f)))]
+
+
+def of_stage(f: Facts) -> str:
+    """The headline of fine-tuning, and of rejection sampling."""
+    kind, kept = f.status.get("recipe"), number(f.evals.get("kept", {}).get("value"))
+    if kind == "samples" and kept is not None:
+        return f"Of a model's answers {share(kept)} were right, readable, and not said before"
+    losses = f.series.get("train/loss", [])
+    if kind == "sft" and len(losses) > 1:
+        return f"A model that learned its lessons: from {losses[0][1]:.2f} to {losses[-1][1]:.2f} nats a token"
+    return ""
 
 
 def against(f: Facts, value: float) -> str:

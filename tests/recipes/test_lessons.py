@@ -1,8 +1,13 @@
 """What R1's fine-tuning learns."""
 
+from collections import Counter
+
+from shoal.post.conversations import worked
 from shoal.post.rewards import language_of, language_share
+from shoal.post.selection import Selection
 from shoal.recipes import _lessons, quickstart, r1
 from shoal.recipes._r1 import seeded
+from shoal.recipes._stages import clear
 from shoal.tasks.catalog import resolve
 from shoal.tasks.task import Item, extract_answer
 
@@ -42,3 +47,12 @@ def test_no_two_stages_draw_the_same_and_the_last_is_asked_everything():
 def test_the_table_of_shares_is_whole():
     assert abs(sum(r1.SHARES.values()) - 1) < 1e-9
     assert set(r1.SHARES) < set(quickstart.SHARES) and 0.9 <= sum(quickstart.SHARES.values()) <= 1
+
+
+def test_answers_that_nobody_could_follow_are_not_learnt():
+    prompt, good = "How many r are in merry?", "m e r r y\nSo the answer is 2."
+    thoughts = [good, "x y\nSo the answer is 7.", "2", f"Look.\n{good}", f"Now.\n{good}"]
+    talks = [worked(prompt, thought, "2") for thought in thoughts]
+    kept = clear(Selection(talks, Counter(kept=5, wrong=3)), per_prompt=2)
+    assert [talk.messages[1].reasoning for talk in kept.conversations] == [good, f"Look.\n{good}"]
+    assert kept.counts == {"kept": 2, "unclear": 2, "surplus": 1, "wrong": 3}
