@@ -15,7 +15,7 @@ from dataclasses import replace
 from shoal.cli import pretrain
 from shoal.cli.asked import Asked, resumed
 from shoal.errors import ConfigError
-from shoal.recipes.quickstart import MINUTES, SHARES
+from shoal.recipes.quickstart import MINUTES, SHARES, shares
 from shoal.train.config import PretrainConfig
 
 STAGES = ("all", "base")
@@ -52,7 +52,7 @@ def start(asked: Asked, words: Sequence[str], command: Sequence[str]) -> int:
         raise ConfigError(f"--steps {steps} and --minutes {minutes}", "one of the two", "leave one out")
     if steps:
         return pretrain.launch(asked, command, size=True, job=chained(None, whole(steps)))
-    share = number(minutes) * SHARES["pretrain"]
+    share = number(minutes) * shares(number(minutes))["pretrain"]
     asked = replace(
         pretrain.parse(["quickstart", *rest]),
         layers=[(f"share of {minutes} minutes", {"minutes": share, "steps": "none"})],
@@ -61,11 +61,13 @@ def start(asked: Asked, words: Sequence[str], command: Sequence[str]) -> int:
 
 
 def chained(minutes: float | None, steps: int | None) -> pretrain.Job:
+    table = shares(minutes) if minutes else SHARES
+
     def job(config, run, teller, resume=False, here=None) -> int:
         from shoal.recipes import _chain
         from shoal.recipes._pipeline import Budget
 
-        return _chain.run_chain(config, run, teller, resume, here, budget=Budget(SHARES, minutes, steps))
+        return _chain.run_chain(config, run, teller, resume, here, budget=Budget(table, minutes, steps))
 
     return job
 

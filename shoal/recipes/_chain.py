@@ -35,7 +35,7 @@ def run_chain(
     teller.say(f"chain    {budget}")
     if run.status().get("base") != "done":
         on_the_way = Teller(lambda words: None if words.startswith("next ") else teller.say(words), teller.show)
-        if code := _job.run_job(config, run, on_the_way, resume, here):
+        if code := _job.run_job(config, run, on_the_way, resume, here, "quickstart"):
             return code
         run.status(base="done")
     try:

@@ -42,10 +42,17 @@ MAX_TOKENS, TEMPERATURE, TOP_P = 160, 0.6, 0.95  # of samples
 XZ_BYTES = 64 << 20  # of held-out text are compressed for comparison
 
 
-def run_job(config: PretrainConfig, run: Run, teller: Teller, resume: bool = False, here: Here | None = None) -> int:
+def run_job(
+    config: PretrainConfig,
+    run: Run,
+    teller: Teller,
+    resume: bool = False,
+    here: Here | None = None,
+    verb: str = "pretrain",
+) -> int:
     """0 when the run is complete, 130 when it was asked to stop and left a checkpoint.
 
-    The caller holds the run's lock. `here` is this machine where it was looked at already.
+    The caller holds the run's lock. `here` is this machine where it was looked at already; `verb` goes on with it.
     """
     here = here or place(config, run, resume)
     teller.say(f"machine  {here.setup.description}; {ops.describe()}")
@@ -64,7 +71,7 @@ def run_job(config: PretrainConfig, run: Run, teller: Teller, resume: bool = Fal
         raise
     if steps_left(state):
         run.status(state="stopped", step=state.counters.step)
-        teller.say(f"stopped at step {state.counters.step}; continue with: shoal pretrain --resume {typed(run)}")
+        teller.say(f"stopped at step {state.counters.step}; continue with: shoal {verb} --resume {typed(run)}")
         return 130
     finish(config, run, corpus, state, here.machine, teller)
     return 0

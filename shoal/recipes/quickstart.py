@@ -24,7 +24,13 @@ SHARES = {  # of the minutes of `shoal quickstart`, by stage; what is left is fo
     "teaching": 0.03,
     "student": 0.08,
 }
+LEAST_MINUTES = 0.35  # of pretraining, however few there are for the whole
 STUDENT = "nano"  # a preset, with fresh weights
+
+
+def shares(minutes: float) -> dict[str, float]:
+    """The table for so many minutes: where they are few, pretraining gets what its five steps need."""
+    return SHARES | {"pretrain": max(SHARES["pretrain"], min(1.0, LEAST_MINUTES / minutes))}
 
 
 def recipe() -> PretrainConfig:

@@ -241,7 +241,7 @@ def curve(folder: Path, stages: Sequence[dict], metric: str, name: str, about: s
         seconds, values = dict(series.get("time/seconds", [])), series.get(metric, [])
         raw = [(seconds[step] / 60, y) for step, y in values if step in seconds]
         if raw:
-            lines.append(Line(words.text(stage.get("name")), smoothed(raw, 0.1), colour, faint=raw, dots=len(raw) < 8))
+            lines.append(Line(short(stage), smoothed(raw, 0.1), colour, faint=raw, dots=len(raw) < 8))
     if not lines:
         return None
     y_range = (0.0, max(y for line in lines for _, y in line.faint) or 1.0) if metric != "rl/reward" else None
@@ -308,6 +308,11 @@ def total(rows: Sequence[dict]) -> dict[str, str]:
 def facts_of(stage: Mapping[str, Any]) -> Mapping[str, Any]:
     found = stage.get("facts")
     return found if isinstance(found, dict) else {}
+
+
+def short(stage: Mapping[str, Any]) -> str:
+    """For a legend: what stands before a colon, or the name itself."""
+    return title(stage).partition(":")[0].removeprefix("Reinforcement of ")
 
 
 def title(stage: Mapping[str, Any]) -> str:
