@@ -165,6 +165,7 @@ def iterate(stage: Stage, clock: Clock) -> dict[str, float]:
         got = f"rollouts of version {stage.rollouts.version} for weights of version {state.counters.updates}"
         raise TrainingError(got, "the same", "call Rollouts.synchronise after every update")
     groups, rewards_SG, seen = collected(stage)
+    versions = [v == stage.rollouts.version for g in seen for s in g.samples for v in s.versions]
     drawn = time.perf_counter()
     taught, results, objective = update(stage, groups, rewards_SG)
     stage.iteration += 1
@@ -173,6 +174,7 @@ def iterate(stage: Stage, clock: Clock) -> dict[str, float]:
     for result in results:
         loop.stop_after_too_many_skips(state, result)
     metrics = measured(stage, seen, taught, results, objective) | {
+        "rl/stale": 1 - sum(versions) / max(1, len(versions)),
         "time/rollout": drawn - began,
         "time/update": time.perf_counter() - drawn,
         "time/seconds": state.counters.seconds,
@@ -312,7 +314,6 @@ def measured(
         "rl/unfinished": sum(s.finish == "length" for s in samples) / n,
         "rl/entropy": -sum(p for s in samples for p in s.logprobs) / tokens,
         "rl/teaching": sum(len({s.reward for s in g.samples}) > 1 for g in seen) / max(1, len(seen)),
-        "rl/stale": sum(v != stage.rollouts.version for s in samples for v in s.versions) / tokens,
     }
     metrics |= {f"solved/{task}/{level}": rate for task, level, rate in stage.curriculum.state()}
     if results:

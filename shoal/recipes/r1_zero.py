@@ -15,7 +15,7 @@ def recipe() -> RLConfig:
     return RLConfig(
         rollout=RolloutConfig(prompts=32, group=16, max_tokens=128),
         rewards=RewardConfig(accuracy=1.0, format=0.1),
-        policy=PolicyConfig(variant="dapo"),
+        policy=PolicyConfig(variant="dapo", bias_speed=0.005),
         optim=OptimConfig(matrices="muon", lr=3e-4, beta2=0.95, weight_decay=0.0),
         schedule=ScheduleConfig(kind="wsd", warmup=0.05, decay=0.2),
         minutes=10.0,
