@@ -165,7 +165,7 @@ def iterate(stage: Stage, clock: Clock) -> dict[str, float]:
         got = f"rollouts of version {stage.rollouts.version} for weights of version {state.counters.updates}"
         raise TrainingError(got, "the same", "call Rollouts.synchronise after every update")
     groups, rewards_SG, seen = collected(stage)
-    versions = [v == stage.rollouts.version for g in seen for s in g.samples for v in s.versions]
+    fresh = [v == stage.rollouts.version for g in seen for s in g.samples for v in s.versions]
     drawn = time.perf_counter()
     taught, results, objective = update(stage, groups, rewards_SG)
     stage.iteration += 1
@@ -174,7 +174,7 @@ def iterate(stage: Stage, clock: Clock) -> dict[str, float]:
     for result in results:
         loop.stop_after_too_many_skips(state, result)
     metrics = measured(stage, seen, taught, results, objective) | {
-        "rl/stale": 1 - sum(versions) / max(1, len(versions)),
+        "rl/stale": 1 - sum(fresh) / max(1, len(fresh)),
         "time/rollout": drawn - began,
         "time/update": time.perf_counter() - drawn,
         "time/seconds": state.counters.seconds,
