@@ -5,8 +5,9 @@ data, fine-tuning of the base on those, reinforcement on everything. Each is a r
 checkpoints and a report; the minutes are shared out by `recipes/r1.py`, `--steps N` gives every stage N.
 
 Settings are layered as in `shoal pretrain`; those of a stage go by its name: `--reasoning.rollout.group 8`,
-`--r1.rewards.preference 0.2 --r1.judge.url http://…/v1 --r1.judge.model NAME`. `--print-config` shows the outcome.
-`--resume [RUN]` goes on where a run stopped or was killed, bit for bit where the budget is steps.
+`--r1.rewards.preference 0.2 --r1.judge.url http://…/v1 --r1.judge.model NAME`. `--print-config` shows the outcome,
+`--dry-run` which stage gets how long. `--resume [RUN]` goes on where a run stopped or was killed, bit for bit where the
+budget is steps.
 """
 
 from dataclasses import replace
@@ -15,7 +16,7 @@ from shoal import config as configs
 from shoal.cli.asked import configured, parse, recipe_names, reconfigured, resumed
 from shoal.cli.opened import model_folder
 from shoal.errors import ConfigError
-from shoal.recipes.r1 import R1Config
+from shoal.recipes.r1 import SHARES, R1Config
 from shoal.run import Run
 
 
@@ -36,9 +37,13 @@ def main(argv: list[str]) -> int:
         return 0
     if not config.model:
         raise ConfigError("no model", "a base to start from", "give --model RUN, or a model folder")
+    from shoal.recipes._pipeline import Budget
     from shoal.tasks.catalog import resolve
 
     resolve(config.tasks)
+    if asked.dry_run:
+        print(f"stages   {Budget(SHARES, config.minutes, config.steps)}")
+        return 0
     config = replace(config, model=str(model_folder(config.model).resolve()))  # `latest` won't stay what it is
     run = Run.create(str(asked.recipe), asked.out, config, origins, ["shoal", "r1", *argv])
     with run.lock():

@@ -188,7 +188,8 @@ def completion(talk: Conversation) -> str:
 
 
 def told_of(kept: Selection) -> str:
-    return ", ".join(f"{n:,} {verdict}" for verdict, n in kept.counts.most_common())
+    others = [f"{n:,} {verdict}" for verdict, n in kept.counts.most_common() if verdict != "kept"]
+    return ", ".join([f"{kept.counts['kept']:,} of {kept.counts.total():,}", *others])
 
 
 def show_lessons(run: Run, kept: Selection, asked: int) -> None:

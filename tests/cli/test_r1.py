@@ -51,7 +51,8 @@ def test_what_is_missing_is_said(capsys, folder):  # noqa: F811
         verb.main(["--model", str(folder), "--tasks", "contdown"])
     with pytest.raises(ConfigError, match="one of the two"):
         verb.main(["--model", str(folder), "--minutes", "3", "--steps", "3"])
-    capsys.readouterr()
+    assert verb.main(["--model", str(folder), "--minutes", "10", "--dry-run"]) == 0
+    assert "cold_start 60 s, reasoning 210 s" in capsys.readouterr().out
     assert verb.main(["--print-config", "--steps", "3", "--r1.judge.url", "http://x/v1"]) == 0
     printed = tomllib.loads(capsys.readouterr().out)
     assert printed["steps"] == 3 and printed["minutes"] == "none" and printed["r1"]["judge"]["url"] == "http://x/v1"
