@@ -14,12 +14,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from shoal.report import page, reasoning, words
 from shoal.report.facts import Facts, items, number, numbers, read, record
-from shoal.report.plots import Chart, Line, smoothed
+from shoal.report.plots import Chart, Line, nice, smoothed
 from shoal.report.reasoning import COLOURS, Evaluation, rows_of
 from shoal.run import PIPELINE, replace_text
 
@@ -93,7 +95,7 @@ def look(facts: Facts, folder: Path) -> dict[str, Any]:
         "charts": reasoning.charts(found),
         "tables": list(reasoning.tables(found)),
         "dialogues": list(dialogues(models)),
-        "curves": [chart for of in CURVES if (chart := curve(folder, stages, *of))],
+        "curves": [chart for of in CURVES if (chart := curve(folder, stages, models, *of))],
         "kept": list(kept(stages)),
         "receipt": rows,
         "total": total(rows),
@@ -139,15 +141,14 @@ def whole(m: Model, name: str) -> float | None:
 
 def verdict(models: Sequence[Model]) -> list[str]:
     """What couldn't and then could, how, and what became of the student."""
-    rows = {m.name: m.rows[0] for m in models if m.rows}
-    values = {name: value for name, row in rows.items() if (value := number(row.get("accuracy"))) is not None}
+    by_name = {m.name: m for m in models}
+    values = {m.name: value for m in models if (value := whole(m, "accuracy")) is not None}
     if not {"base", "R1"} <= values.keys():
         return ["Stages of a model that learns to reason, not all of them done"]
-    before, after = (numbers(rows[name].get("interval")) for name in ("base", "R1"))
-    sure = len(before) == len(after) == 2 and after[0] > before[1]
+    sure = gained(by_name["base"], by_name["R1"])
     change = "learned to solve" if sure else "solves, after all stages,"
     head = f"A model that solved {words.share(values['base'])} of problems it had never seen {change} "
-    head += words.share(values["R1"]) + ("" if sure else ": no difference that these problems could show")
+    head += words.share(values["R1"]) + ("" if sure else ": no gain that these problems could show")
     parts = []
     if "R1-Zero" in values:
         alone = words.share(values["R1-Zero"])
@@ -155,6 +156,18 @@ def verdict(models: Sequence[Model]) -> list[str]:
     if "student" in values:
         parts.append(f"The smaller student that R1 taught solves {words.share(values['student'])}.")
     return [head, " ".join(parts)]
+
+
+def gained(before: Model, after: Model) -> bool:
+    """Whether the gain, problem by problem, is above nought by more than 1.96 standard errors."""
+    both = sorted(before.attempts.keys() & after.attempts.keys())
+    gains = [solved(after, i) - solved(before, i) for i in both]
+    return len(gains) > 1 and mean(gains) > 1.96 * stdev(gains) / sqrt(len(gains))
+
+
+def solved(m: Model, item: int) -> float:
+    """The share of a problem's attempts that are right."""
+    return mean(row.get("outcome") == "right" for row in m.attempts[item])
 
 
 def tiles(models: Sequence[Model], rows: Sequence[dict]) -> list[tuple[str, str, str]]:
@@ -207,12 +220,13 @@ def dialogues(models: Sequence[Model]) -> Iterator[dict[str, Any]]:
     best = next((m for m in models if m.name == "R1"), None)
     if base is None or best is None:
         return
-    solved = {i for i in best.attempts if right(best, i)}
-    gained = [i for i in sorted(solved) if i in base.attempts and not right(base, i)]
+    able = [i for i in sorted(best.attempts) if right(best, i)]
     by_task: dict[str, int] = {}
-    for i in gained:
+    for i in able:
+        if i not in base.attempts or right(base, i):
+            continue
         by_task.setdefault(words.text(best.attempts[i][0].get("task")), i)
-    missed = [i for i in sorted(best.attempts) if i not in solved]
+    missed = [i for i in sorted(best.attempts) if i not in able]
     for i in [*list(by_task.values())[: SHOWN - 1], *missed[:1]]:
         said = [answer(m, m.attempts[i][0]) for m in models if m.attempts.get(i)]
         row = best.attempts[i][0]
@@ -231,22 +245,28 @@ def answer(m: Model, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": m.name, "colour": m.colour, "thinking": thinking, "said": said[:LONGEST], "outcome": outcome}
 
 
-def curve(folder: Path, stages: Sequence[dict], metric: str, name: str, about: str, form: Any) -> Chart | None:
-    """One line for each stage of reinforcement, over its minutes."""
-    lines = []
-    reinforced = [s for s in stages if s.get("kind") == "rl"]
-    for stage, colour in zip(reinforced, ("b", "d", "c")):
+def curve(
+    folder: Path, stages: Sequence[dict], models: Sequence[Model], metric: str, name: str, about: str, form: Any
+) -> Chart | None:
+    """One line for each stage of reinforcement, over its minutes, in the colour of the model that it made."""
+    lines, colours = [], {m.name: m.colour for m in models}
+    for stage in stages:
+        if stage.get("kind") != "rl":
+            continue
         path = folder / stage["folder"]
         series = read(path).series if (path / "config.toml").is_file() else {}
         seconds, values = dict(series.get("time/seconds", [])), series.get(metric, [])
         raw = [(seconds[step] / 60, y) for step, y in values if step in seconds]
         if raw:
-            lines.append(Line(short(stage), smoothed(raw, 0.1), colour, faint=raw, dots=len(raw) < 8))
+            colour, few = colours.get(short(stage), "e"), len(raw) < 8
+            lines.append(Line(short(stage), smoothed(raw, 0.1), colour, faint=raw, dots=few))
     if not lines:
         return None
     y_range = (0.0, max(y for line in lines for _, y in line.faint) or 1.0) if metric != "rl/reward" else None
     tick = "{:.0%}".format if metric == "rl/accuracy" else "{:g}".format
-    return Chart(name, about, lines, x_unit="min", format_y=form, format_tick=tick, y_range=y_range)
+    ticks = nice(0.0, max(x for line in lines for x, _ in line.points), 5)
+    axis = {"x_unit": "minutes", "ticks": ticks, "format_x": "{:g}".format}
+    return Chart(name, about, lines, **axis, format_y=form, format_tick=tick, y_range=y_range)
 
 
 def kept(stages: Sequence[dict]) -> Iterator[tuple[str, list[tuple[str, str]], str]]:

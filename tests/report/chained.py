@@ -13,7 +13,7 @@ MODELS = {
     "student": "stages/8_student/checkpoints/step-000040",
 }
 BETTER = {"base": -0.3, "R1-Zero": 0.0, "R1": 0.08, "student": 0.02}
-PROBLEMS = (("chain_sum", "What is 9 + 4 + 8?"), ("countdown", "Use 3, 4, 5 to make 9."))
+PROBLEMS = (*(("chain_sum", f"What is {a} + 4 + 8?") for a in range(9, 16)), ("countdown", "Use 3, 4, 5 to make 9."))
 FILES = (
     "pipeline.json",
     "evals/problems.json",
@@ -64,12 +64,10 @@ def metrics(step: int) -> dict:
 
 
 def attempts(name: str):
-    """The first problem is solved after reinforcement, the second by nobody."""
-    for item, (task, prompt) in enumerate(
-        (("chain_sum", "What is 9 + 4 + 8?"), ("countdown", "Use 3, 4, 5 to make 9."))
-    ):
+    """Sums are solved after reinforcement, the last problem by nobody."""
+    for item, (task, prompt) in enumerate(PROBLEMS):
         for budget in (0, None):
-            right = name != "base" and item == 0
+            right = name != "base" and task == "chain_sum"
             said = {"thinking": "9+4=13\n13+8=21" if right else "", "said": "</think><answer>21</answer>"}
             row = {"item": item, "sample": 0, "budget": budget, "task": task, "level": 1, "prompt": prompt}
             yield row | said | {"outcome": "right" if right else "wrong"}

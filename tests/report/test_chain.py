@@ -35,12 +35,12 @@ def test_the_page_tells_what_came_of_each_model(run):
     assert (run / "base.html").exists() and "| R1 |" in (run / "report.md").read_text()
 
 
-def test_a_difference_that_chance_could_make_is_called_none(run):
-    path = run / "stages/6_r1/evals/problems.json"
-    record = json.loads(path.read_text())
-    record["budgets"][-1]["rows"][0] |= {"accuracy": 0.3, "interval": [0.25, 0.35]}
-    put(path, record)
-    assert "no difference that these problems could show" in said(run)
+def test_a_gain_that_chance_could_make_is_called_none(run):
+    path = run / "stages/6_r1/evals/problems.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    wrong = [line | {"outcome": "right" if line["item"] == 0 else "wrong"} for line in lines]
+    path.write_text("\n".join(map(json.dumps, wrong)))
+    assert "no gain that these problems could show" in said(run)
 
 
 def test_before_all_stages_are_done_it_says_so(run):
