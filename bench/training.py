@@ -1,4 +1,4 @@
-"""Whole training runs as measurements: `shoal pretrain` in a process of its own, its record read afterwards.
+"""Whole training runs as measurements: a verb of Shoal in a process of its own, its record read afterwards.
 
 A run's directory under runs/bench/ is named by everything that decides its outcome (the content of `shoal/`,
 the recipe, minutes, seed and flags), so a bench that was interrupted, or that shares runs with another one, trains only
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -46,19 +47,30 @@ class Trained:
 
 
 class TrainingFailed(Exception):
-    """`shoal pretrain` ended with an error. Holds the end of what it said."""
+    """A verb ended with an error, or without what was asked of it. Holds the end of what it said."""
 
 
 def train(row: Recipe, minutes: float, seed: int = 0, again: bool = False) -> Trained:
     """The finished run of these settings, trained now unless it is there already (and `again` is false)."""
     settings = {"minutes": f"{minutes:g}", "seed": str(seed), "threads": str(THREADS), **DATA, **row.changes}
-    asked = ["pretrain", row.recipe, *(word for key, value in settings.items() for word in (f"--{key}", value))]
-    key = hashlib.sha256(" ".join([code(), *asked]).encode()).hexdigest()[:8]
-    path = RUNS / f"{row.name.replace(' ', '-')}_{minutes:g}min_seed{seed}_{key}"
+    asked = ["pretrain", row.recipe, *flags(settings)]
+    return read(made(asked, f"{row.name.replace(' ', '-')}_{minutes:g}min_seed{seed}", again=again))
+
+
+def flags(settings: Mapping[str, str]) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def made(asked: list[str], name: str, rooms: tuple[str, ...] = ROOMS, again: bool = False) -> Path:
+    """The run of `shoal ASKED`, which `rooms` of the source decide about: made now unless it is there, finished."""
+    key = hashlib.sha256(" ".join([code(rooms), *asked]).encode()).hexdigest()[:8]
+    path = RUNS / f"{name}_{key}"
     if again or not finished(path):
         rmtree(path, ignore_errors=True)
         launch([*asked, "--out", str(path)], path.with_name(f"{path.name}.log"))
-    return read(path)
+    if not finished(path):
+        raise TrainingFailed(f"the run was stopped, see {path}")
+    return path
 
 
 def launch(words: list[str], log: Path) -> None:
@@ -83,16 +95,16 @@ def finished(path: Path) -> bool:
 
 def read(path: Path) -> Trained:
     last = {name: value for line in Run.open(path).metrics() for name, value in line.items()}
-    if not finished(path) or SCORE not in last:
+    if SCORE not in last:
         raise TrainingFailed(f"the run ended without a held-out score, see {path}")
     return Trained(last[SCORE], last["time/seconds"], last["train/tokens"])
 
 
 @cache
-def code() -> str:
+def code(rooms: tuple[str, ...] = ROOMS) -> str:
     """A hash of the source that trains, as it stands, committed or not."""
     root = Path(next(iter(shoal.__path__)))
-    files = sorted(p for room in ROOMS for p in root.glob(room) if p.suffix in (".py", ".c", ".h"))
+    files = sorted(p for room in rooms for p in root.glob(room) if p.suffix in (".py", ".c", ".h"))
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
