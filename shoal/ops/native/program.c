@@ -306,8 +306,8 @@ static int is_stop(const Step *s, i64 stream, i64 token) {
 
 /* Up to `steps` steps of rows that are streams of their own, each fed the token drawn in the one before; the program
  * ends with the draw. A stream that has drawn a stop, or all it may, leaves. Ends before a step that isn't finite.
- * Leaves tokens and log-probabilities [S, steps], the rows of `kept` behind them, and how many each stream has, taken [S]
- * (zeros at first). Returns 1 where there is no memory. */
+ * Leaves tokens and log-probabilities [S, steps], the rows of `kept` behind them, and how many each stream has, taken
+ * [S] (zeros at first). Returns 1 where there is no memory. */
 int run_steps(const Instruction *code, i64 n, Step *s, i64 threads, i64 steps, i64 *tokens, double *logprobs,
               i64 *taken, const Kept *kept, i64 n_kept) {
     while (steps && s->T) {
