@@ -48,6 +48,7 @@ from shoal.train.step import TrainState
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHUNK = 128  # prompts that are asked at once; the clock is looked at in between
 LEAST_GENERAL = 64  # questions, so that there is something to learn whatever came of the others
+LEAST_PROBLEMS = 24  # held out, in an evaluation
 SHOWN = 6  # lessons on the page of sampling
 EVALUATION = "problems"  # evals/problems.json
 
@@ -85,7 +86,7 @@ def tune(
             )
         )  # fmt: skip
         epochs = state.counters.samples / len(samples)
-        p.teller.say(f"result   {state.counters.step} steps, {epochs:.1f} times over")
+        p.teller.say(f"result   {steps_of(state)}, {epochs:.1f} times over")
         facts = {"lessons": len(samples), "epochs": epochs} | told(state)
         return checkpoint_of(run), facts
 
@@ -108,7 +109,7 @@ def reinforce(p: Pipeline, name: str, config: RLConfig, base: Path) -> Path:
             )
         )  # fmt: skip
         _, right = run.series("rl/accuracy")
-        p.teller.say(f"result   {state.counters.step} steps, right {right[0]:.0%} → {right[-1]:.0%} while training")
+        p.teller.say(f"result   {steps_of(state)}, right {right[0]:.0%} → {right[-1]:.0%} while training")
         answers = sum(run.series("rl/answers")[1])
         return checkpoint_of(run), told(state) | {"answers": int(answers)}
 
@@ -209,6 +210,11 @@ def finished(state: TrainState) -> TrainState:
     return state
 
 
+def steps_of(state: TrainState) -> str:
+    n = state.counters.step
+    return f"{n:,} step{'s' * (n != 1)}"
+
+
 def told(state: TrainState) -> dict:
     c = state.counters
     return {"steps": c.step, "tokens": c.tokens, "minutes_of_training": c.seconds / 60}
@@ -218,8 +224,9 @@ def compare(
     p: Pipeline, models: Mapping[str, Path], tasks: str, levels: Sequence[int] | None, seed: int, max_tokens: int
 ) -> None:
     """All models on the same held-out problems: evals/problems.json in the run of each. Done once."""
-    few = p.budget.minutes is not None and p.budget.minutes < 5
-    items = problems(resolve(tasks), r1_recipe.EVALUATED // (5 if few else 1), seed, levels)
+    most, minutes = r1_recipe.EVALUATED, p.budget.minutes
+    count = most if minutes is None else min(most, max(LEAST_PROBLEMS, int(minutes * r1_recipe.EVALUATED_A_MINUTE)))
+    items = problems(resolve(tasks), count, seed, levels)
     rules = Rules(r1_recipe.ATTEMPTS, max_tokens=max_tokens, seed=seed)
     p.note(models={name: p.relative(folder) for name, folder in models.items()})
     seconds = 60 * p.table.get("compared", {}).get("minutes", 0.0)

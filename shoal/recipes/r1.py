@@ -24,6 +24,7 @@ from shoal.train.config import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, require
 
 SHARES = {"cold_start": 0.1, "reasoning": 0.35, "samples": 0.1, "tuning": 0.15, "r1": 0.3}  # of the minutes
 
+EVALUATED_A_MINUTE = 13  # problems, of a budget; at most
 EVALUATED, ATTEMPTS, BUDGETS = 200, 4, (0, 8, 16, 32, 64, None)  # problems, samples of each, tokens of thinking
 
 

@@ -311,7 +311,7 @@ def saw(facts: Mapping[str, Any]) -> str:
     parts = []
     for name, word in (("steps", "steps"), ("answers", "answers"), ("lessons", "lessons"), ("tokens", "tokens")):
         if (n := number(facts.get(name))) is not None:
-            parts.append(f"{words.count(n) if n >= 1000 else f'{n:,.0f}'} {word}")
+            parts.append(f"{words.count(n) if n >= 1000 else f'{n:,.0f}'} {word.removesuffix('s') if n == 1 else word}")
     return ", ".join(parts)
 
 
