@@ -4,6 +4,7 @@ import argparse
 import math
 import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +59,8 @@ def show(run: Run, console: Console) -> None:
         table.add_row(name, str(value))
     for name, value in last_values(run).items():
         table.add_row(name, number(value))
+    if stages := run.pipeline().get("stages"):
+        table.add_row("stages", ", ".join(f"{Path(row['folder']).name} {row['state']}" for row in stages))
     table.add_row("checkpoints", ", ".join(sorted(p.name for p in run.checkpoints.glob("step-*"))) or "none")
     console.print(table)
 

@@ -14,6 +14,7 @@ cut off is not in it.
 """
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from shoal import config as configs
 from shoal.errors import CheckpointError, RunError
 from shoal.recipes._teller import Teller
 from shoal.report import page
@@ -89,8 +91,9 @@ class Pipeline:
         resume = (path / "config.toml").exists()
         if not resume:
             shutil.rmtree(path, ignore_errors=True)
-        command = (self.run.path / "command.txt").read_text().split()
-        run = Run.open(path) if resume else Run.create(kind, path, config, {}, command)
+        command = shlex.split((self.run.path / "command.txt").read_text())
+        _, origins = configs.load(config, origin=f"stage {name}")
+        run = Run.open(path) if resume else Run.create(kind, path, config, origins, command)
         self.teller.say(f"stage    {path.name}{', resumed' if resume else ''}")
         self.run.status(state=f"stage {path.name}")
         row |= {"state": "running", "inputs": given}

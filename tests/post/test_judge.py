@@ -1,9 +1,14 @@
 """Preferences: rules, and a judge that is asked once, believed only where it says a number, and never a silent 0."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from shoal.errors import ConfigError
 from shoal.post.judge import Judge, Rules, preference, score, shares
+from shoal.post.rewards import RewardConfig
+from shoal.post.rl import preferred
 from shoal.post.rl_config import JudgeConfig
 from tests.post.scripted import Script, says, server
 
@@ -80,3 +85,18 @@ def test_no_evidence_moves_nobody():
 def test_the_rules_count_what_makes_an_answer_readable(completion, kept):
     with preference(JudgeConfig(), None) as rules:  # type: ignore[arg-type]
         assert isinstance(rules, Rules) and rules.scores([("What is 1 + 1?", completion)]) == [kept / 4]
+
+
+def test_the_loop_asks_only_where_preferences_count():
+    groups: Any = [SimpleNamespace(item=SimpleNamespace(prompt=prompt)) for prompt in ("a", "b")]
+    texts, asked = [["x", "y"], ["z", "w"]], []
+
+    def scores(pairs):
+        asked.append(pairs)
+        return [1.0, None, None, None]
+
+    taste = SimpleNamespace(scores=scores)
+    for weight, found in ((0.0, [[0.0, 0.0], [0.0, 0.0]]), (0.5, [[1.0, 1.0], [0.0, 0.0]])):
+        stage: Any = SimpleNamespace(config=SimpleNamespace(rewards=RewardConfig(preference=weight)), taste=taste)
+        assert preferred(stage, groups, texts) == found
+    assert asked == [[("a", "x"), ("a", "y"), ("b", "z"), ("b", "w")]]
