@@ -140,6 +140,8 @@ def against(f: Facts, value: float) -> str:
 
 
 def trained(f: Facts) -> str:
+    if f.status.get("recipe") == "samples":
+        return ""  # nothing was
     seconds = number(f.receipt.get("seconds")) or f.last("time/seconds")
     tokens = number(f.receipt.get("tokens")) or f.last("train/tokens")
     text = f"It is {kind(f.model)}, trained" if f.model else "It was trained"

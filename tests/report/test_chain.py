@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.report import chain
+from shoal.report import chain, page
 from tests.report.chained import FILES, MODELS, write_chain
 from tests.report.test_page import HOSTILE, Document, containers, put
 
@@ -86,3 +86,11 @@ def test_whatever_a_chain_holds_is_text_and_leads_nowhere(run):
         assert tag not in ("script", "img", "iframe", "object", "embed", "form", "base")
         assert (attributes.get("href") or "#").startswith(("#", "data:image/svg+xml,", "stages/", "base.html"))
         assert not any(name.startswith("on") for name in attributes)
+
+
+def test_the_pages_of_fine_tuning_and_sampling_open_with_what_came_of_them(run):
+    put(run / "status.json", {"recipe": "samples"})
+    put(run / "evals/kept.json", {"name": "kept", "metric": "share", "value": 0.25})
+    assert page.look(chain.read(run), "x")["verdict"][0].startswith("Of a model's answers 25.0% were right")
+    put(run / "status.json", {"recipe": "sft"})
+    assert page.look(chain.read(run), "x")["verdict"][0].startswith("A model that learned its lessons: from 8.")
