@@ -11,6 +11,7 @@ why. Every flag of `shoal pretrain` is understood, for the base; a model or a ba
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from shoal.cli import pretrain
 from shoal.cli.asked import Asked, resumed
@@ -61,15 +62,10 @@ def start(asked: Asked, words: Sequence[str], command: Sequence[str]) -> int:
 
 
 def chained(minutes: float | None, steps: int | None) -> pretrain.Job:
-    table = shares(minutes) if minutes else SHARES
+    from shoal.recipes import _chain  # now: a run that exists should say at once that it has stages
+    from shoal.recipes._pipeline import Budget
 
-    def job(config, run, teller, resume=False, here=None) -> int:
-        from shoal.recipes import _chain
-        from shoal.recipes._pipeline import Budget
-
-        return _chain.run_chain(config, run, teller, resume, here, budget=Budget(table, minutes, steps))
-
-    return job
+    return partial(_chain.run_chain, budget=Budget(shares(minutes) if minutes else SHARES, minutes, steps))
 
 
 def without(words: Sequence[str], flag: str, default: str) -> tuple[list[str], str]:
