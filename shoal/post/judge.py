@@ -21,13 +21,14 @@ from typing import Protocol, Self
 from shoal.errors import ResourceError
 from shoal.post.answers import Answers
 from shoal.post.config import EndpointConfig, SamplingConfig
-from shoal.post.rewards import language_of, language_share, well_formed
+from shoal.post.rewards import language_of, language_share, languages, well_formed
 from shoal.post.rl_config import JudgeConfig
 from shoal.post.teacher import Endpoint
 from shoal.tasks.task import extract_answer
 
 Judged = tuple[str, str]  # prompt, completion
 MOST_REPEATS = 3  # of a line
+LEAST_WORDS = 3  # of a conclusion
 SHOWN = 8000  # characters of a completion
 QUESTION = """Below are a question and what somebody answered. Judge how helpful and how readable the answer is.
 
@@ -76,9 +77,9 @@ def obeyed(prompt: str, completion: str) -> list[bool]:
 
 
 def concludes(line: str, answer: str) -> bool:
-    """A sentence of words that is over, and that names the answer where it names a figure."""
-    sentence = line.endswith((".", "!", "。", "！")) and len(re.findall(r"[^\W\d_]", line)) >= 3
-    return sentence and (answer in line or not re.search(r"\d", line))
+    """A sentence of words that is over, and that has the answer in it where that is figures and signs alone."""
+    sentence = line.endswith((".", "!", "。", "！")) and languages(line).total() >= LEAST_WORDS
+    return sentence and (answer in line or bool(re.search(r"[^\W\d_]", answer)))
 
 
 def readable(prompt: str, completion: str) -> bool:

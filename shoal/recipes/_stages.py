@@ -4,6 +4,7 @@ Each composes what the verbs do (`_tune.py`, `_reinforce.py`, `post/distill.py`,
 """
 
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +38,7 @@ from shoal.recipes._pipeline import Pipeline, Stopped, checkpoint_of
 from shoal.recipes._reinforce import GUESSED_SECONDS
 from shoal.recipes._tune import watched
 from shoal.recipes.r1 import SamplesConfig
-from shoal.report import chain
+from shoal.report import chain, page
 from shoal.run import Run, read_json
 from shoal.tasks.catalog import resolve
 from shoal.tasks.grading import Graders
@@ -198,6 +199,8 @@ def show_lessons(run: Run, kept: Selection, asked: int) -> None:
     share = len(kept.conversations) / max(1, asked)
     found = {"name": "right, readable, and each once", "metric": "share", "value": share, "better": "higher"}
     write_json(run.evals / "kept.json", found | {"measured_on": f"{asked:,} answers to training problems"})
+    lessons = shlex.quote(page.shown(run.path / _lessons.FILE))
+    write_json(run.path / "receipt.json", {"next_command": f"shoal sft --model BASE --data {lessons}"})
     for number, talk in enumerate(kept.conversations[:SHOWN]):
         text = completion(talk)
         write_json(run.samples / f"{number}.json", {"prompt": f"{talk.messages[0].content}\n", "text": text})

@@ -75,10 +75,12 @@ def test_no_evidence_moves_nobody():
         ("1+1=2\nSo the answer is 2.</think><answer>2</answer>", 4),
         ("1+1=2</think><answer>2</answer>", 3),  # doesn't say so
         ("1+1=3\nSo the answer is 3.</think><answer>2</answer>", 3),  # says something else
-        ("I know this one.</think><answer>2</answer>", 4),
+        ("I know this one.</think><answer>2</answer>", 3),  # doesn't name it
+        ("I know this one.</think><answer>Two of them.</answer>", 4),
+        ("w b i t e r1 2.</think><answer>2</answer>", 3),  # no words
         ("So 所以 the answer is 2.</think><answer>2</answer>", 3),
         ("So the answer is 2.", 3),  # no form
-        ("Again.\n" * 4 + "</think><answer>2</answer>", 3),
+        ("So it is 2.\n" * 4 + "</think><answer>2</answer>", 3),  # again and again
         ("</think><answer></answer>", 2),
     ],
 )
