@@ -9,14 +9,14 @@
 #include "tiles.h"
 #include <omp.h>
 
-/* C [TILE, dims] += Pᵀ X: both packed by rows, so that no tile is ever transposed. */
-static void mix_transposed(const bf16 *P, const bf16 *X, i64 dims, float *C) {
-    product(1, P, 2, 2 * TILE, X, dims, C, dims, TILE);
+/* C [keys, dims] += Pᵀ X over rows: both packed by rows, so that no tile is ever transposed. */
+static void mix_transposed(i64 rows, i64 keys, const bf16 *P, const bf16 *X, i64 dims, float *C) {
+    product(1, keys, P, 2, 2 * TILE, X, dims, dims, C, dims, rows);
 }
 
-/* An fp32 tile [TILE, TILE] as bf16, in dense rows. */
-static void narrow(const float *x, bf16 *plain) {
-    for (i64 i = 0; i < TILE * TILE; i += 16) store(plain + i, _mm512_loadu_ps(x + i));
+/* The first rows of an fp32 tile [TILE, TILE] as bf16, in dense rows. */
+static void narrow(i64 rows, const float *x, bf16 *plain) {
+    for (i64 i = 0; i < rows * TILE; i += 16) store(plain + i, _mm512_loadu_ps(x + i));
 }
 
 typedef struct {
@@ -38,17 +38,17 @@ static void backward_head(const Head *h, bf16 *work) {
     for (i64 j = 0; j < tiles; j++) {
         copy_tile(h->k + j * TILE * h->ks, h->ks, rows_in(L, j), K, q);
         pack_transposed(q, K, kt + j * TILE * K);
-        pack_rows(q, K, kr + j * TILE * K);
+        pack_rows(TILE, q, K, kr + j * TILE * K);
         copy_tile(h->v + j * TILE * h->vs, h->vs, rows_in(L, j), V, q);
         pack_transposed(q, V, vt + j * TILE * V);
     }
     for (i64 i = 0; i < tiles; i++) {
-        i64 n = rows_in(L, i);
+        i64 n = rows_in(L, i), rows = up(n, 4);
         float delta[TILE] = {0}, lse[TILE];
         copy_tile(h->q + i * TILE * h->qs, h->qs, n, K, q);
         copy_tile(h->d_o + i * TILE * h->os, h->os, n, V, go);
-        pack_rows(q, K, packed_q);
-        pack_rows(go, V, packed_go);
+        pack_rows(rows, q, K, packed_q);
+        pack_rows(rows, go, V, packed_go);
         memset(dQ, 0, TILE * K * sizeof(float));
         for (i64 r = 0; r < TILE; r++) lse[r] = r < n ? h->lse[(i * TILE + r) * h->lse_stride] : INFINITY;
         for (i64 r = 0; r < n; r++) {
@@ -58,10 +58,11 @@ static void backward_head(const Head *h, bf16 *work) {
             delta[r] = _mm512_reduce_add_ps(dot);
         }
         for (i64 j = 0; j <= i; j++) {
-            scores(q, kt + j * TILE * K, K, S);
-            scores(go, vt + j * TILE * V, V, D);
-            for (i64 r = 0; r < TILE; r++)
-                for (i64 c = 0; c < 4; c++) {
+            i64 keys = up(rows_in(L, j), 16);
+            scores(rows, keys, q, kt + j * TILE * K, K, S);
+            scores(rows, keys, go, vt + j * TILE * V, V, D);
+            for (i64 r = 0; r < rows; r++)
+                for (i64 c = 0; c < keys / 16; c++) {
                     i64 open = (j < i ? TILE : r + 1) - 16 * c, at = r * TILE + 16 * c;
                     __mmask16 m = open >= 16 ? 0xffff : open <= 0 ? 0 : (__mmask16)((1u << open) - 1);
                     __m512 s = _mm512_loadu_ps(S + at), row = _mm512_set1_ps(lse[r]), scale = _mm512_set1_ps(h->scale);
@@ -70,13 +71,13 @@ static void backward_head(const Head *h, bf16 *work) {
                     _mm512_storeu_ps(S + at, p);
                     _mm512_storeu_ps(D + at, _mm512_mul_ps(_mm512_mul_ps(p, d), scale));
                 }
-            narrow(S, P);
-            pack_rows(P, TILE, packed_P);
-            mix_transposed(packed_P, packed_go, V, h->dv + j * TILE * V);
-            narrow(D, P);
-            pack_rows(P, TILE, packed_P);
-            mix_transposed(packed_P, packed_q, K, h->dk + j * TILE * K);
-            mix(P, kr + j * TILE * K, K, dQ);
+            narrow(rows, S, P);
+            pack_rows(rows, P, TILE, packed_P);
+            mix_transposed(rows, keys, packed_P, packed_go, V, h->dv + j * TILE * V);
+            narrow(rows, D, P);
+            pack_rows(rows, P, TILE, packed_P);
+            mix_transposed(rows, keys, packed_P, packed_q, K, h->dk + j * TILE * K);
+            mix(rows, keys, P, kr + j * TILE * K, K, dQ);
         }
         for (i64 r = 0; r < n; r++)
             for (i64 d = 0; d < K; d += 16) store(h->dq + (i * TILE + r) * h->dqs + d, _mm512_loadu_ps(dQ + r * K + d));

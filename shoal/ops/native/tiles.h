@@ -1,6 +1,7 @@
 /* Attention of one head in tiles (FlashAttention-2, arXiv 2307.08691): what training and reading a prompt share.
  *
- * Scores live in 64 × 64 tiles of fp32, probabilities in bf16; tiles above the diagonal are never computed.
+ * Scores live in 64 × 64 tiles of fp32, probabilities in bf16; tiles above the diagonal are never computed, and of the
+ * last ones only what a segment fills: short answers would pay for a whole tile otherwise.
  * A product C += A B keeps B packed in pairs along the inner dimension, as the dot-product instruction wants it:
  * packed[inner/2][columns][2]. Shapes: L queries, S keys, K query and key dims, V value dims (multiples of 16).
  */
@@ -30,28 +31,31 @@ INLINE void micro(const int MR, const int NV, const int add, const bf16 *A, i64 
         for (int n = 0; n < NV; n++) _mm512_storeu_ps(C + r * ldc + 16 * n, acc[r][n]);
 }
 
-/* C [TILE, columns] = A [TILE, inner] · B, or += if `add`; inner even, columns a multiple of 16. */
-INLINE void product(const int add, const bf16 *A, i64 row, i64 step, const bf16 *B, i64 columns, float *C, i64 ldc,
-                    i64 inner) {
+/* C [rows, columns] = A [rows, inner] · B, or += if `add`; rows a multiple of 4, inner even, columns a multiple of 16.
+ * B is packed `packed` columns wide. */
+INLINE void product(const int add, i64 rows, const bf16 *A, i64 row, i64 step, const bf16 *B, i64 packed, i64 columns,
+                    float *C, i64 ldc, i64 inner) {
     i64 c = 0;
     for (; c + 64 <= columns; c += 64)
-        for (i64 r = 0; r < TILE; r += 4)
-            micro(4, 4, add, A + r * row, row, step, B + 2 * c, columns, C + r * ldc + c, ldc, inner);
+        for (i64 r = 0; r < rows; r += 4)
+            micro(4, 4, add, A + r * row, row, step, B + 2 * c, packed, C + r * ldc + c, ldc, inner);
     for (; c + 32 <= columns; c += 32)
-        for (i64 r = 0; r < TILE; r += 4)
-            micro(4, 2, add, A + r * row, row, step, B + 2 * c, columns, C + r * ldc + c, ldc, inner);
+        for (i64 r = 0; r < rows; r += 4)
+            micro(4, 2, add, A + r * row, row, step, B + 2 * c, packed, C + r * ldc + c, ldc, inner);
     for (; c < columns; c += 16)
-        for (i64 r = 0; r < TILE; r += 4)
-            micro(4, 1, add, A + r * row, row, step, B + 2 * c, columns, C + r * ldc + c, ldc, inner);
+        for (i64 r = 0; r < rows; r += 4)
+            micro(4, 1, add, A + r * row, row, step, B + 2 * c, packed, C + r * ldc + c, ldc, inner);
 }
 
-/* S [TILE, TILE] = X Yᵀ over dims: X dense rows, Y packed transposed. */
-static void scores(const bf16 *X, const bf16 *Y, i64 dims, float *S) {
-    product(0, X, dims, 2, Y, TILE, S, TILE, dims);
+/* S [rows, keys] of a tile = X Yᵀ over dims: X dense rows, Y packed transposed. */
+static void scores(i64 rows, i64 keys, const bf16 *X, const bf16 *Y, i64 dims, float *S) {
+    product(0, rows, X, dims, 2, Y, TILE, keys, S, TILE, dims);
 }
 
-/* C [TILE, dims] += P X: P [TILE, TILE] dense rows, X packed by rows. */
-static void mix(const bf16 *P, const bf16 *X, i64 dims, float *C) { product(1, P, TILE, 2, X, dims, C, dims, TILE); }
+/* C [rows, dims] += P X: P [rows, keys] of a tile, X packed by rows. */
+static void mix(i64 rows, i64 keys, const bf16 *P, const bf16 *X, i64 dims, float *C) {
+    product(1, rows, P, TILE, 2, X, dims, dims, C, dims, keys);
+}
 
 /* Rows [n, dims] (stride apart) into a dense tile [TILE, dims], zero below. */
 static void copy_tile(const bf16 *x, i64 stride, i64 n, i64 dims, bf16 *tile) {
@@ -59,9 +63,9 @@ static void copy_tile(const bf16 *x, i64 stride, i64 n, i64 dims, bf16 *tile) {
     memset(tile + n * dims, 0, (TILE - n) * dims * sizeof(bf16));
 }
 
-/* tile [TILE, dims] → packed for products over rows: [TILE/2][dims][2] */
-static void pack_rows(const bf16 *tile, i64 dims, bf16 *packed) {
-    for (i64 r = 0; r < TILE; r += 2)
+/* tile [rows, dims] → packed for products over rows, an even number: [rows/2][dims][2] */
+static void pack_rows(i64 rows, const bf16 *tile, i64 dims, bf16 *packed) {
+    for (i64 r = 0; r < rows; r += 2)
         for (i64 d = 0; d < dims; d += 16) {
             __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(tile + r * dims + d)));
             __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(tile + (r + 1) * dims + d)));
@@ -76,6 +80,9 @@ static void pack_transposed(const bf16 *tile, i64 dims, bf16 *packed) {
     for (i64 d = 0; d < dims / 2; d++)
         for (i64 r = 0; r < TILE; r++) out[d * TILE + r] = pairs[r * (dims / 2) + d];
 }
+
+/* n, rounded up to a multiple of `to`. */
+static i64 up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 static i64 rows_in(i64 L, i64 tile) { return L - tile * TILE < TILE ? L - tile * TILE : TILE; }
 
@@ -96,20 +103,22 @@ static void forward_head(const bf16 *q, i64 qs, const bf16 *k, i64 ks, const bf1
         copy_tile(k + j * TILE * ks, ks, rows_in(S, j), K, tile);
         pack_transposed(tile, K, packed_k + j * TILE * K);
         copy_tile(v + j * TILE * vs, vs, rows_in(S, j), V, tile);
-        pack_rows(tile, V, packed_v + j * TILE * V);
+        pack_rows(TILE, tile, V, packed_v + j * TILE * V);
     }
     for (i64 i = 0; i * TILE < L; i++) {
-        i64 n = rows_in(L, i), last = before + i * TILE + n - 1; /* the last key that any of them sees */
+        i64 n = rows_in(L, i), rows = up(n, 4);
+        i64 last = before + i * TILE + n - 1; /* the last key that any of them sees */
         float top[TILE], sum[TILE];
         copy_tile(q + i * TILE * qs, qs, n, K, tile);
         memset(O, 0, TILE * V * sizeof(float));
         for (i64 r = 0; r < TILE; r++) top[r] = -INFINITY, sum[r] = 0;
         for (i64 j = 0; j * TILE <= last; j++) {
-            scores(tile, packed_k + j * TILE * K, K, X);
-            for (i64 r = 0; r < TILE; r++) {
+            i64 keys = up(rows_in(last + 1, j), 16);
+            scores(rows, keys, tile, packed_k + j * TILE * K, K, X);
+            for (i64 r = 0; r < rows; r++) {
                 i64 seen = before + i * TILE + r + 1 - j * TILE;
                 __m512 x[4], best = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-                for (i64 c = 0; c < 4; c++) {
+                for (i64 c = 0; c < keys / 16; c++) {
                     i64 open = seen - 16 * c;
                     __mmask16 m = open >= 16 ? 0xffff : open <= 0 ? 0 : (__mmask16)((1u << open) - 1);
                     x[c] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), m, _mm512_loadu_ps(X + r * TILE + 16 * c),
@@ -117,7 +126,7 @@ static void forward_head(const bf16 *q, i64 qs, const bf16 *k, i64 ks, const bf1
                     best = _mm512_max_ps(best, x[c]);
                 }
                 float now = fmaxf(top[r], _mm512_reduce_max_ps(best)), shrink = expf(top[r] - now);
-                for (i64 c = 0; c < 4; c++) {
+                for (i64 c = 0; c < keys / 16; c++) {
                     __mmask16 m = _mm512_cmp_ps_mask(x[c], _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ); /* NaN stays */
                     x[c] = _mm512_maskz_mov_ps(m, exp_ps(_mm512_sub_ps(x[c], _mm512_set1_ps(now))));
                     total = _mm512_add_ps(total, x[c]);
@@ -129,7 +138,7 @@ static void forward_head(const bf16 *q, i64 qs, const bf16 *k, i64 ks, const bf1
                         _mm512_storeu_ps(O + d, _mm512_mul_ps(_mm512_loadu_ps(O + d), _mm512_set1_ps(shrink)));
                 top[r] = now;
             }
-            mix(P, packed_v + j * TILE * V, V, O);
+            mix(rows, keys, P, packed_v + j * TILE * V, V, O);
         }
         for (i64 r = 0; r < n; r++) {
             __m512 share = _mm512_set1_ps(1.0f / sum[r]);
