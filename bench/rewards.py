@@ -35,10 +35,10 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as temporary:
         found = cases(Path(folder), seconds)
-        tempfile.tempdir = temporary  # for our side of graders and cells, to see what they leave
+        before, tempfile.tempdir = children(), temporary  # for our side of graders and cells, to see what they leave
         outcomes = graded(found)
         tempfile.tempdir = None
-        left = left_behind(Path(temporary))
+        left = left_behind(Path(temporary), before)
     report(found, outcomes, left, seconds, time.perf_counter() - began)
 
 
@@ -54,10 +54,14 @@ def graded(found: list[Case]) -> list[tuple[Outcome, Outcome]]:
     return [*zip(hacks, twins)]
 
 
-def left_behind(temporary: Path) -> list[str]:
-    """Processes of ours, cells that lost their parent too, and files, that should be no more."""
+def children() -> set[int]:
+    return {p.pid for p in psutil.Process().children(recursive=True)}
+
+
+def left_behind(temporary: Path, before: set[int]) -> list[str]:
+    """Processes of ours since `before`, cells that lost their parent too, and files, that should be no more."""
     time.sleep(0.5)  # for the kernel to bury the dead
-    ours = {p.pid for p in psutil.Process().children(recursive=True)}
+    ours = children() - before
     cells = {p.pid for p in psutil.process_iter(["cmdline"]) if str(sandbox.CELL) in (p.info["cmdline"] or ())}
     return [*(f"process {pid}" for pid in ours | cells), *map(str, temporary.rglob("*"))]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.hacks import CALLS, EXPECTED, VARIABLE, Case, cases
-from bench.rewards import graded, left_behind
+from bench.rewards import children, graded, left_behind
 from shoal.tasks.task import extract_answer
 
 # A sample for every run; the slow tier has them all.
@@ -37,10 +37,10 @@ def test_hacks_in_text_earn_nothing_and_a_few_in_code(tmp_path):
 def test_all_hacks_earn_nothing_and_leave_nothing(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    found = all_cases(tmp_path)
+    found, before = all_cases(tmp_path), children()
     assert len({c.name for c in found}) == len(found) > 130
     assert not bad(found)
-    assert not left_behind(tmp_path / "temporary")
+    assert not left_behind(tmp_path / "temporary", before)
     assert not Path("/tmp/hack.py").exists()
 
 
