@@ -13,7 +13,7 @@ from shoal.train.config import OptimConfig, ScheduleConfig
 
 def recipe() -> RLConfig:
     return RLConfig(
-        rollout=RolloutConfig(prompts=32, group=16, max_tokens=128),
+        rollout=RolloutConfig(prompts=32, group=8, max_tokens=128),
         rewards=RewardConfig(accuracy=1.0, format=0.1),
         policy=PolicyConfig(variant="dapo", bias_speed=0.005),
         optim=OptimConfig(matrices="muon", lr=3e-4, beta2=0.95, weight_decay=0.0),
