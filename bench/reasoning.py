@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from bench.shape import THREADS
 from bench.training import ROOMS, TrainingFailed, flags, made
-from shoal.post.rewards import language_of, language_share, thinking, well_formed
+from shoal.post.rewards import consistent, well_formed
 from shoal.tasks.catalog import QUICK_LEVELS, QUICK_TASKS
 
 DECIDING = (*ROOMS, "engine/**/*", "evals/**/*", "post/**/*")
@@ -63,8 +63,7 @@ class Solved:
     @property
     def language(self) -> float:
         """The share whose thinking is wholly in the language of its prompt."""
-        shares = [language_share(thinking(text), language_of(prompt)) for prompt, text in self.completions]
-        return sum(share == 1.0 for share in shares) / len(shares)
+        return sum(consistent(prompt, text) for prompt, text in self.completions) / len(self.attempts)
 
 
 def solved(model: Path | str, items: int, samples: int, budgets: str = "free", temperature: float = 0.6) -> Solved:

@@ -7,7 +7,7 @@ An item was tried n times and c attempts are right. What would be k of them?
              right (self-consistency)
 
 Both are exact means over all subsets of size k of the n attempts, so unbiased for any k up to n; no subset is drawn.
-At a tie the answer that came first wins (`majority`), and since attempts come in no particular order, `cons_at_k` gives
+At a tie the answer that came first wins, and since attempts come in no particular order, `cons_at_k` gives
 each of the tied ones its equal share. An attempt without an answer counts among the k and has no vote.
 
 Attempts at one item resemble each other: an interval that took them for independent would be too narrow. So it is
@@ -17,7 +17,7 @@ spread, and it is Wilson's with as many trials as items.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import comb, sqrt
 
 import numpy as np
@@ -31,12 +31,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that at least one of k of the n attempts is among the c right ones."""
     assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
     return 1 - comb(n - c, k) / comb(n, k)
-
-
-def majority(answers: Iterable[str | None]) -> str | None:
-    """The most frequent answer, the first to have come among equals; None where nobody answered."""
-    votes = Counter(answer for answer in answers if answer is not None)
-    return max(votes, key=votes.__getitem__) if votes else None
 
 
 def cons_at_k(answers: Sequence[str | None], right: Sequence[bool], ks: Sequence[int]) -> list[float]:

@@ -61,10 +61,10 @@ def teaches(rewards_SG: Tensor) -> Tensor:
     return rewards_SG.amax(1) > rewards_SG.amin(1)
 
 
-def overlong_penalty(lengths_S: Tensor, most: int, share: float) -> Tensor:
+def overlong_penalty(length: int, most: int, share: float) -> float:
     """0 up to (1 − share) · most tokens, falling to −1 at `most` (DAPO, equation 13)."""
     soft = share * most
-    return ((most - soft - lengths_S) / soft).clamp(-1, 0)
+    return max(-1.0, min(0.0, (most - soft - length) / soft))
 
 
 def answer_weights(lengths_S: Tensor, average: str, most: int) -> Tensor:

@@ -12,7 +12,6 @@ words (only digits and signs) is consistent.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError
@@ -77,6 +76,6 @@ def language_share(text: str, language: str) -> float:
     return found[language] / total if (total := found.total()) else 1.0
 
 
-def consistency(texts: Sequence[str], language: str) -> float:
-    """The share of texts that are wholly in `language`."""
-    return sum(language_share(text, language) == 1.0 for text in texts) / max(1, len(texts))
+def consistent(prompt: str, completion: str) -> bool:
+    """Whether the thinking is wholly in the prompt's language."""
+    return language_share(thinking(completion), language_of(prompt)) == 1.0

@@ -25,7 +25,7 @@ from shoal.engine.pages import UNIT, units
 from shoal.errors import ConfigError, TrainingError
 from shoal.model.transformer import Transformer
 from shoal.post import grpo, judge, policy
-from shoal.post.policy import Answer, Objective, Rollout
+from shoal.post.policy import Answer, Objective
 from shoal.post.rewards import reward, well_formed
 from shoal.post.rl_config import RLConfig
 from shoal.post.rollout import Group, Rollouts
@@ -167,13 +167,13 @@ def iterate(stage: Stage, clock: Clock) -> dict[str, float]:
     groups, rewards_SG, seen = collected(stage)
     fresh = [v == stage.rollouts.version for g in seen for s in g.samples for v in s.versions]
     drawn = time.perf_counter()
-    taught, results, objective = update(stage, groups, rewards_SG)
+    results, objectives = update(stage, groups, rewards_SG)
     stage.iteration += 1
     stage.rollouts.synchronise(state.counters.updates)
     clock.stepped()
     for result in results:
         loop.stop_after_too_many_skips(state, result)
-    metrics = measured(stage, seen, taught, results, objective) | {
+    metrics = measured(stage, seen, results, objectives) | {
         "rl/stale": 1 - sum(fresh) / max(1, len(fresh)),
         "time/rollout": drawn - began,
         "time/update": time.perf_counter() - drawn,
@@ -181,7 +181,7 @@ def iterate(stage: Stage, clock: Clock) -> dict[str, float]:
         "time/eta": loop.steps_left(state) * clock.seconds_per_step,
         "speed/samples_per_second": sum(len(g.samples) for g in seen) / clock.recent[-1],
     }
-    write_samples(stage, groups, rewards_SG, objective)
+    write_samples(stage, groups, rewards_SG, objectives)
     return metrics
 
 
@@ -206,17 +206,16 @@ def grade(stage: Stage, groups: Sequence[Group], variant: grpo.Variant) -> None:
 
     Where a grader or a judge failed there is no evidence: the answer gets its group's mean, which teaches nothing.
     """
-    c, r = stage.config, stage.rollouts
-    texts = [[r.completion(s) for s in g.samples] for g in groups]
-    pairs = [(g.item, extract_answer(text)) for g, its in zip(groups, texts) for text in its]
-    outcomes = iter(stage.graders.grade(pairs))
-    for g, its, liked in zip(groups, texts, preferred(stage, groups, texts)):
-        for s, text, preference in zip(g.samples, its, liked):
+    c = stage.config
+    for s in (s for g in groups for s in g.samples):
+        s.text = stage.rollouts.completion(s)
+    outcomes = iter(stage.graders.grade([(g.item, extract_answer(s.text)) for g in groups for s in g.samples]))
+    for g, liked in zip(groups, preferred(stage, groups)):
+        for s, preference in zip(g.samples, liked):
             s.outcome = next(outcomes)
-            s.reward = reward(c.rewards, g.item.prompt, text, s.outcome) + c.rewards.preference * preference
+            s.reward = reward(c.rewards, g.item.prompt, s.text, s.outcome) + c.rewards.preference * preference
             if variant.overlong:
-                n = torch.tensor([len(s.tokens)])
-                s.reward += grpo.overlong_penalty(n, c.rollout.max_tokens, variant.overlong).item()
+                s.reward += grpo.overlong_penalty(len(s.tokens), c.rollout.max_tokens, variant.overlong)
         known = [s for s in g.samples if s.outcome != "failed"]
         for s in g.samples:
             if s.outcome == "failed":
@@ -226,22 +225,20 @@ def grade(stage: Stage, groups: Sequence[Group], variant: grpo.Variant) -> None:
             stage.curriculum.record(g.item.task, g.item.level, right / len(known))
 
 
-def preferred(stage: Stage, groups: Sequence[Group], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+def preferred(stage: Stage, groups: Sequence[Group]) -> list[list[float]]:
     """What the answers of each group are worth to the judge, where that counts."""
     if not stage.config.rewards.preference:
-        return [[0.0] * len(its) for its in texts]
-    found = iter(stage.taste.scores([(g.item.prompt, text) for g, its in zip(groups, texts) for text in its]))
-    return [judge.shares([next(found) for _ in its]) for its in texts]
+        return [[0.0] * len(g.samples) for g in groups]
+    found = iter(stage.taste.scores([(g.item.prompt, s.text) for g in groups for s in g.samples]))
+    return [judge.shares([next(found) for _ in g.samples]) for g in groups]
 
 
-def update(
-    stage: Stage, groups: Sequence[Group], rewards_SG: Tensor
-) -> tuple[list[Rollout], list[StepResult], list[Objective]]:
+def update(stage: Stage, groups: Sequence[Group], rewards_SG: Tensor) -> tuple[list[StepResult], list[Objective]]:
     """The updates of one step, on the answers whose groups teach something. None of them: no update."""
     c, state, p = stage.config, stage.state, stage.config.policy
     if not len(groups) or not bool(grpo.teaches(rewards_SG).any()):
         state.count_idle()
-        return [], [], []
+        return [], []
     answers = judged(groups, rewards_SG, grpo.VARIANTS[p.variant], c.rollout.max_tokens)
     parts = [answers[k :: p.minibatches] for k in range(min(p.minibatches, len(answers)))]
     made = [list(policy.packed(part, stage.rollouts.version, p.micro_tokens)) for part in parts]
@@ -258,7 +255,7 @@ def update(
         if not objectives:
             require_same_weights(p.most_gap, objective)
         objectives.append(objective)
-    return [r for part in made for r in part], results, objectives
+    return results, objectives
 
 
 def judged(groups: Sequence[Group], rewards_SG: Tensor, variant: grpo.Variant, most: int) -> list[Answer]:
@@ -297,19 +294,17 @@ def require_same_weights(most_gap: float, objective: Objective) -> None:
 def measured(
     stage: Stage,
     seen: Sequence[Group],
-    taught: Sequence[Rollout],
     results: Sequence[StepResult],
     objectives: Sequence[Objective],
 ) -> dict[str, float]:
     samples = [s for g in seen for s in g.samples]
     n, tokens = max(1, len(samples)), max(1, sum(len(s.tokens) for s in samples))
-    texts = [stage.rollouts.completion(s) for s in samples]
     metrics = {
         "rl/answers": len(samples),
         "rl/accuracy": sum(s.outcome == "right" for s in samples) / n,
         "rl/failed": sum(s.outcome == "failed" for s in samples) / n,
         "rl/reward": sum(s.reward for s in samples) / n,
-        "rl/format": sum(map(well_formed, texts)) / n,
+        "rl/format": sum(well_formed(s.text) for s in samples) / n,
         "rl/length": tokens / n,
         "rl/unfinished": sum(s.finish == "length" for s in samples) / n,
         "rl/entropy": -sum(p for s in samples for p in s.logprobs) / tokens,
@@ -325,6 +320,7 @@ def measured(
             metrics["moe/load_max_over_mean"] = last.load_max_over_mean
         found = [surrogate for o in objectives for surrogate, _, _ in o.found]
         metrics["rl/clipped"] = sum(s.clipped for s in found) / len(found)
+        metrics["rl/truncated"] = sum(s.truncated for s in found) / len(found)
         metrics["rl/kl"] = sum(s.kl for s in found) / len(found)
         if gap := objectives[0].gap():
             metrics |= {"gap/mean": gap.mean, "gap/max": gap.most, "gap/k3": gap.k3, "gap/flips": objectives[0].flips}
@@ -341,7 +337,7 @@ def write_samples(stage: Stage, groups: Sequence[Group], rewards_SG: Tensor, obj
                 line = {
                     "step": stage.state.counters.step, "index": g.index, "sample": number, "task": g.item.task,
                     "level": g.item.level, "prompt": g.item.prompt, "expected": g.item.answer,
-                    "text": stage.rollouts.completion(s), "outcome": s.outcome, "reward": s.reward,
+                    "text": s.text, "outcome": s.outcome, "reward": s.reward,
                     "advantage": s.reward - mean, "finish": s.finish, "versions": sorted(set(s.versions)),
                     "tokens": [stage.rollouts.tokenizer.decode([t], True) for t in s.tokens],
                     "logprobs": [round(p, 4) for p in s.logprobs],

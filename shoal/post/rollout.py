@@ -39,6 +39,7 @@ class Sample:
     versions: list[int] = field(default_factory=list)
     finish: str | None = None  # "stop", or "length" at the most tokens an answer may have
     routes_TLK: Tensor | None = None  # experts of every token fed, where they are replayed
+    text: str = ""  # once it is graded, as outcome and reward
     outcome: Outcome | None = None
     reward: float = 0.0
 

@@ -15,14 +15,16 @@ from shoal.post import rl
 from shoal.post.rl_config import RLConfig
 from shoal.recipes._job import typed
 from shoal.recipes._teller import Teller
-from shoal.recipes._tune import failures_noted, note_place
+from shoal.recipes._tune import failures_noted, watched
 from shoal.report import page
 from shoal.run import Run
 from shoal.tasks.grading import Graders
 from shoal.tasks.task import Task
 from shoal.train.loop import steps_left
+from shoal.train.step import TrainState
 
 HELD_OUT, ATTEMPTS = 200, 4  # problems, and samples of each, before and after
+BEFORE, AFTER = "before", "after"  # names of the evaluations
 GUESSED_SECONDS = 2.0  # a step, until the run has its own pace
 
 
@@ -36,28 +38,42 @@ def reinforce(
     resume: bool = False,
 ) -> int:
     """0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
-    note_place(run, resume, teller)
+    if not (run.evals / f"{BEFORE}.json").exists() and not any(run.checkpoints.glob("step-*")):
+        with failures_noted(run):
+            before = solved(config, run, model, tokenizer, tasks, BEFORE)
+        teller.say(f"before   {before:.1%} of held-out problems")
+    state = trained(config, run, model, tokenizer, tasks, teller, resume)
+    step = state.counters.step
+    if steps_left(state):
+        teller.say(f"stopped at step {step}; continue with: shoal rl --resume {typed(run)}")
+        return 130
     with failures_noted(run):
-        before = solved(config, run, model, tokenizer, tasks, "before") if not resume else None
-        if before is not None:
-            teller.say(f"before   {before:.1%} of held-out problems")
-        run.status(state="training")
-        guess = int(60 * (config.minutes or 0) / GUESSED_SECONDS)
-        device = str(model.embed.weight.device)
-        state = rl.reinforce(
+        after = solved(config, run, state.model, tokenizer, tasks, AFTER, step)
+    run.status(pass_at_1=after)
+    teller.say(f"after    {after:.1%} of held-out problems, {state.counters.seconds / 60:.1f} minutes later")
+    teller.say(f"report   {page.write(run.path)}")
+    teller.say(f"next     shoal samples {typed(run)}")
+    return 0
+
+
+def trained(
+    config: RLConfig,
+    run: Run,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    teller: Teller,
+    resume: bool,
+) -> TrainState:
+    """The loop alone, its status kept."""
+    guess, device = int(60 * (config.minutes or 0) / GUESSED_SECONDS), str(model.embed.weight.device)
+
+    def loop() -> TrainState:
+        return rl.reinforce(
             config, run, model, tokenizer, tasks, guess, device, resume, teller.show, teller.say
         )  # fmt: skip
-        step = state.counters.step
-        if steps_left(state):
-            run.status(state="stopped", step=step)
-            teller.say(f"stopped at step {step}; continue with: shoal rl --resume {typed(run)}")
-            return 130
-        after = solved(config, run, state.model, tokenizer, tasks, "after", step)
-        teller.say(f"after    {after:.1%} of held-out problems, {state.counters.seconds / 60:.1f} minutes later")
-        run.status(state="done", step=step, pass_at_1=after)
-        teller.say(f"report   {page.write(run.path)}")
-        teller.say(f"next     shoal samples {typed(run)}")
-    return 0
+
+    return watched(run, teller, resume, loop)
 
 
 def solved(

@@ -20,13 +20,13 @@ from shoal.evals import record
 from shoal.evals.harness import Attempts, Rules, problems, sweep
 from shoal.model import hf
 from shoal.model.transformer import Transformer
-from shoal.post import distill, rl
+from shoal.post import distill
 from shoal.post.answers import Answers
 from shoal.post.config import SftConfig
 from shoal.post.conversations import Conversation
 from shoal.post.judge import readable
 from shoal.post.packing import samples_of
-from shoal.post.rewards import language_of, language_share, thinking, well_formed
+from shoal.post.rewards import consistent, well_formed
 from shoal.post.rl_config import RLConfig
 from shoal.post.selection import Prompt, Selection, select
 from shoal.post.sft import sft
@@ -35,7 +35,7 @@ from shoal.recipes import _lessons
 from shoal.recipes import r1 as r1_recipe
 from shoal.recipes._job import write_json
 from shoal.recipes._pipeline import Pipeline, Stopped, checkpoint_of
-from shoal.recipes._reinforce import GUESSED_SECONDS
+from shoal.recipes._reinforce import trained
 from shoal.recipes._tune import watched
 from shoal.recipes.r1 import SamplesConfig
 from shoal.report import chain, page
@@ -100,15 +100,7 @@ def reinforce(p: Pipeline, name: str, config: RLConfig, base: Path) -> Path:
 
     def work(run: Run, resume: bool) -> tuple[Path, dict]:
         model, tokenizer = opened(p, base, config.dtype)
-        tasks, guess = resolve(config.tasks), int(60 * (config.minutes or 0) / GUESSED_SECONDS)
-        state = finished(
-            watched(
-                run, p.teller, resume,
-                lambda: rl.reinforce(
-                    config, run, model, tokenizer, tasks, guess, p.device, resume, p.teller.show, p.teller.say
-                ),
-            )
-        )  # fmt: skip
+        state = finished(trained(config, run, model, tokenizer, resolve(config.tasks), p.teller, resume))
         _, right = run.series("rl/accuracy")
         p.teller.say(f"result   {steps_of(state)}, right {right[0]:.0%} → {right[-1]:.0%} while training")
         answers = sum(run.series("rl/answers")[1])
@@ -268,5 +260,5 @@ def measures(attempts: Attempts) -> dict[str, float]:
     """Of free attempts: the share in the right form, and of those whose thinking is wholly in the prompt's language."""
     flat = [a for group in attempts for a in group]
     form = sum(well_formed(a.completion) for a in flat)
-    language = sum(language_share(thinking(a.completion), language_of(a.item.prompt)) == 1.0 for a in flat)
+    language = sum(consistent(a.item.prompt, a.completion) for a in flat)
     return {"format": form / len(flat), "language": language / len(flat)}

@@ -19,7 +19,8 @@ import struct
 from contextlib import suppress
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-DISK = 16 * 2**20  # bytes of /work, and of any file
+ROOM = "/room"  # the only folder that the code may write in
+DISK = 16 * 2**20  # bytes of it, and of any file
 OPEN_FILES = 64
 THREADS = 64
 
@@ -88,18 +89,18 @@ def enter_namespaces() -> None:
 
 
 def make_root(paths: list[str]) -> bool:
-    """Turn the working directory into the root of all files: `paths` read-only and an empty /work. Whether it could."""
+    """Turn the working directory into the root of all files: `paths` read-only and an empty ROOM. Whether it could."""
     try:
         mount(None, "/", None, MS_REC | MS_PRIVATE)
         root = os.getcwd()
         mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={DISK},nr_inodes=2000,mode=755")
         for path in paths:
             place(path, root + path)
-        os.mkdir(root + "/work")
+        os.mkdir(root + ROOM)
         os.chdir(root)
         check(LIBC.syscall(number(MOUNT_CALLS["pivot_root"]), b".", b"."), "pivot_root")
         check(LIBC.umount2(b".", MNT_DETACH), "umount2")
-        os.chdir("/work")
+        os.chdir(ROOM)
         return True
     except OSError:
         return False
@@ -214,7 +215,7 @@ def isolate(means: str, paths: list[str], seconds: int, memory: int) -> list[str
     """
     apart = means != "landlock"
     root = means == "bubblewrap" or (apart and make_root(paths))
-    files = restrict_files(paths, ["/work"] if root else [])
+    files = restrict_files(paths, [ROOM] if root else [])
     limit(seconds, memory, own_user=apart)
     drop_capabilities()
     held = {

@@ -30,7 +30,7 @@ from typing import Any, Literal, Self, get_args
 
 from shoal.errors import SandboxError
 from shoal.tasks import plain
-from shoal.tasks.isolation import DEVICES, DISK, SHARED_LIBRARIES
+from shoal.tasks.isolation import DEVICES, DISK, ROOM, SHARED_LIBRARIES
 
 Means = Literal["namespaces", "bubblewrap", "landlock"]  # the best first
 PYTHON = os.path.realpath(sys.executable)
@@ -210,5 +210,5 @@ def bubblewrap(paths: Sequence[str]) -> list[str]:
     assert executable, "bubblewrap was there a moment ago"
     for path in (PYTHON, str(CELL.parent)):
         binds += ["--ro-bind", path, path]
-    binds += ["--size", str(DISK), "--tmpfs", "/work"]
-    return [executable, "--unshare-all", "--die-with-parent", *binds, "--chdir", "/work", "--"]
+    binds += ["--size", str(DISK), "--tmpfs", ROOM]
+    return [executable, "--unshare-all", "--die-with-parent", *binds, "--chdir", ROOM, "--"]

@@ -90,8 +90,9 @@ def test_the_rules_count_what_makes_an_answer_readable(completion, kept):
 
 
 def test_the_loop_asks_only_where_preferences_count():
-    groups: Any = [SimpleNamespace(item=SimpleNamespace(prompt=prompt)) for prompt in ("a", "b")]
-    texts, asked = [["x", "y"], ["z", "w"]], []
+    texts, asked = {"a": ["x", "y"], "b": ["z", "w"]}, []
+    said = {prompt: [SimpleNamespace(text=text) for text in its] for prompt, its in texts.items()}
+    groups: Any = [SimpleNamespace(item=SimpleNamespace(prompt=prompt), samples=its) for prompt, its in said.items()]
 
     def scores(pairs):
         asked.append(pairs)
@@ -100,5 +101,5 @@ def test_the_loop_asks_only_where_preferences_count():
     taste = SimpleNamespace(scores=scores)
     for weight, found in ((0.0, [[0.0, 0.0], [0.0, 0.0]]), (0.5, [[1.0, 1.0], [0.0, 0.0]])):
         stage: Any = SimpleNamespace(config=SimpleNamespace(rewards=RewardConfig(preference=weight)), taste=taste)
-        assert preferred(stage, groups, texts) == found
+        assert preferred(stage, groups) == found
     assert asked == [[("a", "x"), ("a", "y"), ("b", "z"), ("b", "w")]]

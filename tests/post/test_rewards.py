@@ -3,7 +3,7 @@
 import pytest
 
 from shoal.errors import ConfigError
-from shoal.post.rewards import RewardConfig, consistency, language_of, language_share, reward, well_formed
+from shoal.post.rewards import RewardConfig, consistent, language_of, language_share, reward, well_formed
 
 ALL = RewardConfig(accuracy=1.0, format=0.25, language=0.5)
 GOOD = "Add the two.\n3+4=7</think><answer>7</answer>"
@@ -42,7 +42,7 @@ def test_languages():
     ]
     assert language_share("3+4=7", "en") == 1 and language_share("一步 add", "en") == pytest.approx(1 / 3)
     assert language_share("x + y = z, 2x", "ko") == 1  # single letters are variables
-    assert consistency(["add", "더하자", "3+4"], "en") == pytest.approx(2 / 3)
+    assert [consistent("Add 3 and 4.", f"{said}</think>") for said in ("add", "더하자", "3+4")] == [True, False, True]
 
 
 def test_weights_are_numbers_from_zero():
