@@ -95,6 +95,11 @@ class Run:
         """Its stages, where it has some."""
         return read_json(self.path / PIPELINE)
 
+    def of_model(self) -> "Run":
+        """The stage whose model goes by this run's name, once it is done; else the run itself."""
+        stage = self.pipeline().get("model")
+        return Run.open(self.path / stage) if stage else self
+
     def status(self, **facts: Any) -> dict[str, Any]:
         """Merge `facts` into status.json and return the whole; without facts, just read."""
         status = read_json(self.path / "status.json")

@@ -38,13 +38,11 @@ def model_folder(name: str) -> Path:
     if path.is_dir() and not (path / "config.toml").exists():
         raise ModelError(f"{name} has neither config.json nor config.toml", MODEL_HELP, "check the path")
     try:
-        run = find(name)
+        run = find(name).of_model()
     except RunError as e:
         raise ModelError(f"no model {name}", MODEL_HELP, e.fix) from None
     from shoal.train import checkpoint
 
-    if model := run.pipeline().get("model"):
-        run = Run.open(run.path / model)
     newest, refused = checkpoint.newest(run.checkpoints)
     for path, why in refused:
         print(f"passed over {path}: {why}", file=sys.stderr)

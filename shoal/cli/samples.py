@@ -1,6 +1,7 @@
 """`shoal samples RUN`: what a model answered, and what that was worth.
 
-Answers that a run of `shoal rl` learnt from (those it kept of each step), or the attempts of an evaluation.
+Answers that a run of `shoal rl` learnt from (those it kept of each step), or the attempts of an evaluation. A run of
+several stages shows those of the model that `shoal chat` opens; another stage's go by its folder, RUN/stages/1_r1_zero.
 """
 
 import argparse
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     if args.most < 0:
         raise ConfigError(f"--most {args.most}", "a number from 0", "0 shows all")
-    path = source(find(args.run).path, args.eval)
+    path = source(find(args.run).of_model().path, args.eval)
     found, damaged = chosen(path, args)
     shown = found[: args.most or None]
     if args.json:

@@ -117,3 +117,11 @@ def test_a_run_without_answers(tmp_path, run):
 def test_it_starts_without_torch(run):
     code = f"import sys; from shoal.cli import samples; samples.main([{str(run)!r}]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_of_a_run_with_stages_the_answers_are_its_models(run, capsys):
+    write(run / "stages/6_r1/samples/rollouts.jsonl", [rollout(9, 0, 0)])
+    (run / "stages/6_r1/config.toml").write_text("")
+    (run / "pipeline.json").write_text(json.dumps({"stages": [], "model": "stages/6_r1"}))
+    assert {line["step"] for line in lines(capsys, run)} == {9}
+    assert {line["step"] for line in lines(capsys, run / "stages/6_r1")} == {9}
