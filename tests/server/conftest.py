@@ -6,6 +6,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from secrets import token_hex
+from tempfile import TemporaryDirectory
 
 import pytest
 from sqlalchemy import create_engine, make_url
@@ -21,32 +22,35 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
-    """SHOAL_TEST_POSTGRES, or a server of our own in a temporary folder, where PostgreSQL is installed."""
+def postgres():
+    """SHOAL_TEST_POSTGRES, or a server of our own in a temporary folder, where PostgreSQL is installed.
+
+    Not in pytest's folder: for root, PostgreSQL runs as another user, and every session of pytest that begins closes
+    that folder to others.
+    """
     if url := os.environ.get("SHOAL_TEST_POSTGRES"):
         yield url
         return
     pytest.importorskip("psycopg")
     if not shutil.which("initdb") or not shutil.which("pg_ctl"):
         pytest.skip("no PostgreSQL here")
-    folder = tmp_path_factory.mktemp("postgres")
-    user = "postgres" if os.getuid() == 0 else None
-    if user:
-        for path in (folder, *folder.parents[:2]):
-            path.chmod(0o755)
-        shutil.chown(folder, "postgres")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    with TemporaryDirectory() as folder:
+        user = "postgres" if os.getuid() == 0 else None
+        if user:
+            shutil.chown(folder, user)
 
-    def run(*command: str) -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", user=user)
+        def run(*command: str) -> None:
+            null = subprocess.DEVNULL
+            subprocess.run(command, check=True, stdout=null, stderr=null, cwd="/", user=user)
 
-    run("initdb", "-D", f"{folder}/data", "-U", "shoal", "--auth=trust", "-N")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    run("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
-    yield f"postgresql://shoal@127.0.0.1:{port}/postgres"
-    run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+        run("initdb", "-D", f"{folder}/data", "-U", "shoal", "--auth=trust", "-N")
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+        run("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
+        yield f"postgresql://shoal@127.0.0.1:{port}/postgres"
+        run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
 
 
 @pytest.fixture
