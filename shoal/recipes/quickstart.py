@@ -37,7 +37,7 @@ def recipe() -> PretrainConfig:
     model = PRESETS["mini"]
     return PretrainConfig(
         model,
-        data=DataConfig(sources=("python-stdlib", "solutions:150000@3"), vocab_size=model.vocab_size),
+        data=DataConfig(sources=("python-stdlib", "solutions:150000@6"), vocab_size=model.vocab_size),
         batch=BatchConfig(context=512, samples=8),
         init=InitConfig(embed_std=1.0, out_std=0.0, pair_steps=32, look_back=8.0),
         optim=OptimConfig(matrices="muon", lr=8e-3, embed_lr=3.0, head_lr=0.3, beta1=0.8, momentum=0.9),
