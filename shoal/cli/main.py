@@ -29,6 +29,7 @@ VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first 
     "serve": ("serve", "a model behind an OpenAI-shaped API and a chat page"),
     "keys": ("keys", "who may use the API, how fast and how much"),
     "usage": ("usage", "what was used and what it cost, by key, model or day"),
+    "plan": ("plan", "will a model run on a machine, how fast, limited by what: before it is fetched"),
     "runs": ("runs", "list, show, compare and report runs"),
     "data": ("data", "turn text into shards"),
     "tokenizer": ("tokenizer", "train a tokenizer"),

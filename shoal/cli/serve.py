@@ -3,7 +3,6 @@
 import argparse
 import ipaddress
 import logging
-import re
 import socket
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from shoal.cli.accounts import add_db, journals, needs_serve, open_ledger
 from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, open_model, turns_of
+from shoal.cli.sizes import size
 from shoal.errors import ConfigError, ResourceError
 from shoal.runtime import cache_root
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from shoal.engine.turns import Turns
     from shoal.server.http import Server
     from shoal.server.ledger import Ledger
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(argv: list[str]) -> int:
@@ -84,14 +82,6 @@ def loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def size(text: str) -> int:
-    """Bytes of 512MiB, 6GiB, 2GB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if not match or match[2].upper() not in UNITS:
-        raise ConfigError(f"the size {text!r}", "a size like 512MiB or 6GiB", "write it so")
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def port_is_free(host: str, port: int) -> None:

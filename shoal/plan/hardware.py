@@ -58,3 +58,8 @@ GPUS = {
         gpu("B200", 2250, 80, 8000, 180, 1000, None),
     )
 }
+
+# Sustained bytes/s where nobody has measured: two channels of DDR5, a PCIe 4.0 slot of 16 lanes, and disks by kind.
+RAM_RATE, BUS_RATE = 50e9, 25e9
+DISK_RATES = {"nvme": 3.0e9, "sata": 0.5e9, "hdd": 0.15e9}
+GPU_RATE = 900e9  # of a card of which only the size is known

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.cli import keys, serve, usage
+from shoal.cli import keys, serve, sizes, usage
 from shoal.cli.main import run_verb
 from shoal.errors import ConfigError, ResourceError
 from shoal.server.ledger import Ledger, UsageRow
@@ -70,10 +70,10 @@ def test_keys_on_loopback_are_a_choice():
 
 
 def test_sizes():
-    assert (serve.size("6GiB"), serve.size("1.5kb"), serve.size("12")) == (6 * 2**30, 1500, 12)
+    assert (sizes.size("6GiB"), sizes.size("1.5kb"), sizes.size("12")) == (6 * 2**30, 1500, 12)
     for text in ("", "GiB", "6XB", "-1GiB", "1e9"):
         with pytest.raises(ConfigError):
-            serve.size(text)
+            sizes.size(text)
 
 
 def test_a_port_in_use_is_said_before_a_model_is_read(db):

@@ -1,0 +1,24 @@
+"""Sizes and rates as people write them."""
+
+import re
+
+from shoal.errors import ConfigError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def size(text: str) -> int:
+    """Bytes of 512MiB, 6GiB, 2GB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if not match or match[2].upper() not in UNITS:
+        raise ConfigError(f"the size {text!r}", "a size like 512MiB or 6GiB", "write it so")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def rate(text: str) -> float:
+    """Bytes a second of 3GB/s."""
+    amount, slash, second = text.partition("/")
+    if not slash or second.strip() != "s":
+        raise ConfigError(f"the rate {text!r}", "a rate like 3GB/s", "write it so")
+    return float(size(amount.strip()))

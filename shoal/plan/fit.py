@@ -1,0 +1,259 @@
+"""Will a model run here, how fast, and limited by what: before a byte of it is fetched. Torch-free.
+
+Weights are of three kinds. The *near* part meets every token: attention, dense and shared feed-forwards, routers, norms
+and head. The embedding is looked up, a row a token. Routed *experts* are most of a mixture's bytes and each token meets
+few of them, so they may lie further away: in memory as far as it goes, the others on the disk.
+
+    seconds a token = near / rate of the memory it lies in  +  max(chosen experts / rate of RAM, missed ones / disk)
+    missed = chosen · (1 − hit rate)        hit rate = experts in memory / experts, if all are chosen equally often
+
+Experts that are in memory are multiplied with while others are read, hence the maximum; the near part waits for the
+experts of the layer before, hence the sum. Beside a GPU the near part and the cache lie in its memory and the experts'
+products are computed where the experts lie, by the CPU: what crosses the bus is a row of activations a layer.
+Rates are sustained ones; real routers prefer some experts, and then more are found than the uniform rate says.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import floor
+from typing import Literal
+
+from shoal.errors import ResourceError
+from shoal.model.config import MLAConfig, ModelConfig, MoEConfig
+from shoal.model.counts import count_parameters
+from shoal.plan.memory import cache_bytes_per_token, numbers
+
+Form = Literal["bf16", "fp8", "int8", "int4"]
+FORMS: tuple[Form, ...] = ("bf16", "fp8", "int8", "int4")
+GROUP = 128  # numbers of a row that share a 16-bit scale, in int8 and int4
+SCALED: dict[Form, float] = {"bf16": 2, "fp8": 1 + 4 / 128**2, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}
+
+PROCESS_BYTES = 256 << 20  # interpreter, torch and server, before any model: 180 MiB, and what they grow by
+GPU_PROCESS_BYTES = 600 << 20  # a CUDA context and its libraries
+MARGIN = 0.02  # of a budget stays empty: what malloc keeps, a thread's stack, a long request
+ROWS = 512  # in a call of the engine
+LOGITS_BYTES = 2**25  # of its rows that are drawn from
+PANEL_BYTES = 64 * 2  # a thread's packed weights, a column of a product
+THREADS = 8  # whose rooms are counted
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's parts, without its multi-token modules."""
+
+    near: int
+    embedding: int
+    expert: int  # one, its three matrices with their scales
+    n_experts: int  # routed ones, of all layers
+    chosen: int  # by a token, of all layers
+
+    @property
+    def experts(self) -> int:
+        return self.expert * self.n_experts
+
+    @property
+    def total(self) -> int:
+        return self.near + self.embedding + self.experts
+
+
+def weights(config: ModelConfig, form: Form) -> Weights:
+    """In this form: embedding, keys' and values' up-projection in bf16, norms and routers in fp32; the head in 8 bits
+    where the others have 8 or 4 that are integers, else in bf16."""
+    c, counts = config, count_parameters(config)
+    mixtures = sum(c.is_moe(i) for i in range(c.n_layers))
+    in_expert = 3 * c.dim * c.moe.moe_dim if c.moe else 0
+    n_experts = mixtures * (c.moe.n_routed_experts if c.moe else 0)
+    vectors = numbers(replace(c, n_mtp=0)).vectors
+    up = c.n_layers * up_parameters(c)
+    head = counts.embedding
+    body = counts.total - counts.embedding - counts.head - vectors - up - n_experts * in_expert
+    head_bytes = head * (SCALED["int8"] if form in ("int8", "int4") else 2)
+    return Weights(
+        near=floor(4 * vectors + 2 * up + SCALED[form] * body + head_bytes),
+        embedding=2 * counts.embedding,
+        expert=floor(SCALED[form] * in_expert),
+        n_experts=n_experts,
+        chosen=mixtures * (c.moe.n_activated if c.moe else 0),
+    )
+
+
+def up_parameters(config: ModelConfig) -> int:
+    """Of a layer's up-projection of latents, which decoding folds into queries and outputs: 0 without latents."""
+    a = config.attention
+    return a.kv_lora_rank * a.n_heads * (a.qk_nope_head_dim + a.v_head_dim) if isinstance(a, MLAConfig) else 0
+
+
+def buffer_bytes(config: ModelConfig, context: int) -> int:
+    """What the engine's calls work in: rows of activations, logits, and each thread's room for attention."""
+    a, m, d = config.attention, config.moe, config.dim
+    if isinstance(a, MLAConfig):
+        q, o = a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), a.n_heads * a.v_head_dim
+        width = q + o + 2 * (a.q_lora_rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim
+        a_head = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim
+    else:
+        width, a_head = 2 * a.head_dim * (a.n_heads + a.n_kv_heads), 2 * a.head_dim
+    width += 4 * d + config.hidden_dim
+    if m:
+        width += m.n_activated * (m.moe_dim + d) + m.n_shared_experts * m.moe_dim + d + 2 * m.n_routed_experts
+    widest = max(d, config.hidden_dim)
+    a_thread = widest * PANEL_BYTES + context * (2 * a_head + 8 * 4)
+    return ROWS * width * 2 + LOGITS_BYTES + THREADS * a_thread
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Bytes that may be used and bytes/s that are sustained. Without a GPU its numbers are 0."""
+
+    ram_bytes: int
+    ram_rate: float
+    disk_rate: float = 0.0  # 0: no disk to read experts from
+    gpu_bytes: int = 0
+    gpu_rate: float = 0.0
+    bus_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Division:
+    """What a budget of bytes is divided into. `slots` are experts that stay in memory."""
+
+    process: int
+    near: int
+    cache: int
+    buffers: int
+    slots: int
+    expert: int
+    n_experts: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.near + self.cache + self.buffers + self.slots * self.expert
+
+    @property
+    def hit_rate(self) -> float:
+        """If all experts are chosen equally often."""
+        return min(1.0, self.slots / self.n_experts) if self.n_experts else 1.0
+
+    def parts(self) -> dict[str, int]:
+        named = {"process": self.process, "always-on weights": self.near, "cache": self.cache, "buffers": self.buffers}
+        if self.n_experts:
+            named[f"{self.slots:,} of {self.n_experts:,} experts"] = self.slots * self.expert
+        return {name: n for name, n in named.items() if n}
+
+
+def divide(
+    budget: int, *, process: int, near: int, cache: int, buffers: int, expert: int, n_experts: int, least: int
+) -> Division:
+    """As many experts as fit beside the rest. Raises ResourceError, with the smallest budget that works, where not
+    even `least` of them do."""
+    fixed = process + near + cache + buffers
+    room = floor(budget * (1 - MARGIN)) - fixed
+    slots = min(n_experts, room // expert) if n_experts else 0
+    least = min(least, n_experts)
+    if room < 0 or slots < least:
+        smallest = smallest_budget(fixed + least * expert)
+        parts = {"the process": process, "always-on weights": near, "the cache": cache, "buffers": buffers}
+        parts |= {f"{least} experts": least * expert}
+        raise ResourceError(
+            f"{mib(budget)} for " + ", ".join(f"{name} {mib(n)}" for name, n in parts.items() if n),
+            f"at least {mib(smallest)}",
+            f"--memory {mib(smallest)}, or a smaller --cache, or weights in fewer bits",
+        )
+    return Division(process, near, cache, buffers, slots, expert, n_experts)
+
+
+def smallest_budget(parts: int) -> int:
+    """In whole MiB, the margin included."""
+    return -(-floor(parts / (1 - MARGIN) + 1) // 2**20) * 2**20
+
+
+def mib(n: int) -> str:
+    return f"{-(-n // 2**20)}MiB"
+
+
+def least_experts(moe: MoEConfig | None) -> int:
+    """In memory: those that a layer has chosen for a token."""
+    return moe.n_activated if moe else 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One model in one form on one machine."""
+
+    form: Form
+    weights: Weights
+    runs: bool
+    why_not: str
+    smallest: int  # bytes of RAM with which it runs, experts on the disk where there is one
+    places: Mapping[str, Mapping[str, int]]  # bytes of each part, by the place it lies in
+    hit_rate: float  # chosen experts that are found in memory
+    bytes_per_token: Mapping[str, float] = field(default_factory=dict)  # by link
+    seconds: Mapping[str, float] = field(default_factory=dict)  # a token's, by link
+    tokens_per_s: float = 0.0
+
+    @property
+    def limit(self) -> str:
+        """The link that a token waits for most."""
+        return max(self.seconds, key=self.seconds.__getitem__) if self.seconds else ""
+
+    def bounds(self) -> dict[str, float]:
+        """Tokens/s that each link allows by itself."""
+        return {link: 1 / s for link, s in self.seconds.items() if s}
+
+
+def fit(
+    config: ModelConfig, form: Form, machine: Hardware, context: int, hit_rate: float | None = None, streams: int = 1
+) -> Fit:
+    """One stream at `context` tokens. `hit_rate` None is the uniform one."""
+    w, cache = weights(config, form), streams * context * cache_bytes_per_token(config)
+    buffers = buffer_bytes(config, context)
+    on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.near + w.embedding + cache + buffers
+    all_on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.total + cache + buffers
+    if all_on_gpu:
+        gpu = {"process": GPU_PROCESS_BYTES, "weights": w.total, "cache": cache, "buffers": buffers}
+        places = {"GPU": gpu, "RAM": {"process": PROCESS_BYTES}}
+        return timed(Fit(form, w, True, "", smallest_budget(PROCESS_BYTES), places, 1.0), config, machine, cache)
+    beside = 0 if on_gpu else w.near
+    host = {"near": beside, "cache": 0 if on_gpu else cache, "process": PROCESS_BYTES}
+    host |= {"buffers": 0 if on_gpu else buffers, "expert": w.expert, "n_experts": w.n_experts}
+    far = bool(machine.disk_rate) and w.n_experts > 0
+    whole = smallest_budget(sum(host[k] for k in ("near", "cache", "process", "buffers")) + w.experts + w.embedding)
+    in_ram = whole <= machine.ram_bytes
+    if in_ram or not far:
+        host["near"] += 0 if on_gpu else w.embedding
+    least = least_experts(config.moe) if far else w.n_experts
+    smallest = smallest_budget(sum(host[k] for k in ("near", "cache", "process", "buffers")) + least * w.expert)
+    try:
+        division = divide(machine.ram_bytes, **host, least=least)
+    except ResourceError as e:
+        return Fit(form, w, False, e.got, smallest, {}, 0.0)
+    places = {"RAM": division.parts()}
+    if on_gpu:
+        parts = {"process": GPU_PROCESS_BYTES, "always-on weights": w.near, "embedding": w.embedding}
+        places = {"GPU": parts | {"cache": cache, "buffers": buffers}} | places
+    if division.slots < w.n_experts:
+        rest = w.n_experts - division.slots
+        places["disk"] = {f"{rest:,} experts": rest * w.expert} | ({} if on_gpu else {"embedding": w.embedding})
+    rate = 1.0 if division.slots == w.n_experts else division.hit_rate if hit_rate is None else hit_rate
+    return timed(Fit(form, w, True, "", smallest, places, rate), config, machine, cache)
+
+
+def timed(f: Fit, config: ModelConfig, machine: Hardware, cache: int) -> Fit:
+    """With bytes and seconds a token on each link. The cache is read to its end once."""
+    w = f.weights
+    chosen = w.chosen * w.expert
+    near = w.near + cache
+    all_on_gpu = "weights" in f.places.get("GPU", {})
+    on_gpu = "GPU" in f.places
+    moved = {
+        "GPU memory": near + chosen if all_on_gpu else near if on_gpu else 0,
+        "bus": 4 * config.dim * w.chosen / max(1, least_experts(config.moe)) if on_gpu and not all_on_gpu else 0,
+        "RAM": 0 if all_on_gpu else chosen if on_gpu else near + chosen,
+        "disk": (1 - f.hit_rate) * chosen,
+    }
+    rates = {"GPU memory": machine.gpu_rate, "bus": machine.bus_rate, "RAM": machine.ram_rate}
+    rates["disk"] = machine.disk_rate
+    seconds = {link: n / rates[link] for link, n in moved.items() if n}
+    of_experts, of_disk = 0 if all_on_gpu else chosen / machine.ram_rate, seconds.get("disk", 0)
+    token = sum(seconds.values()) - of_experts - of_disk + max(of_experts, of_disk)
+    moved = {link: n for link, n in moved.items() if n}
+    return replace(f, bytes_per_token=moved, seconds=seconds, tokens_per_s=1 / token)

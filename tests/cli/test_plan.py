@@ -1,0 +1,51 @@
+"""`shoal plan fit`: models by any of their names, machines by what people know of them."""
+
+import json
+
+import pytest
+
+from shoal.cli import plan
+from shoal.errors import ConfigError, ModelError
+from shoal.model.hf_config import to_hf_config
+from shoal.model.presets import PRESETS
+
+LAPTOP = ["--ram", "6GiB", "--disk", "1.5GB/s", "--ram-rate", "25GB/s", "--json"]
+
+
+def asked(capsys, *argv: str) -> dict:
+    assert plan.main(["fit", *argv, *LAPTOP]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_model_by_any_of_its_names_is_the_same(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(PRESETS["v2-lite-16b"], "bfloat16")))
+    names = ["v2-lite-16b", "v2-lite", "deepseek-ai/DeepSeek-V2-Lite", str(tmp_path), str(tmp_path / "config.json")]
+    found = [asked(capsys, name) for name in names]
+    assert all(f == found[0] for f in found)
+    assert found[0]["machine"] | {"ram_bytes": 6 * 2**30, "disk_rate": 1.5e9, "gpu_bytes": 0} == found[0]["machine"]
+    assert found[0]["forms"]["int4"]["limit"] == "disk"
+
+
+def test_cards_by_name_or_by_size(capsys):
+    by_name = asked(capsys, "v3-671b", "--gpu", "RTX 4090", "--weights", "int4")
+    assert by_name["machine"]["gpu_bytes"] == 24e9 and "GPU" in by_name["forms"]["int4"]["places"]
+    assert asked(capsys, "v3-671b", "--gpu", "24GiB")["machine"]["gpu_bytes"] == 24 * 2**30
+
+
+def test_what_does_not_run_names_the_smallest_memory_that_works(capsys):
+    assert plan.main(["fit", "r1-llama-70b", "--ram", "8GiB", "--weights", "int4"]) == 3
+    assert "smallest RAM that works is 38" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("argv", [["no-such-model"], ["v2"], ["."], ["/tmp"]])
+def test_unknown_models_are_refused(argv):
+    with pytest.raises(ModelError):
+        plan.main(["fit", *argv, *LAPTOP])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--disk", "fast"], ["--gpu", "RTX"], ["--ram", "-1"], ["--context", "0"], ["--hit-rate", "2"]]
+)
+def test_machines_that_make_no_sense_are_refused(flags):
+    with pytest.raises(ConfigError):
+        plan.main(["fit", "tiny", *flags])
