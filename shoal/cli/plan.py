@@ -45,11 +45,11 @@ def main(argv: list[str]) -> int:
     config, folder = described(args.model)
     machine = hardware(args, folder)
     context = min(args.context, config.max_positions)
-    forms: tuple[Form, ...] = (args.weights,) if args.weights else FORMS
+    forms: tuple[Form, ...] = tuple(form for form in FORMS if args.weights in (None, form))
     found = {form: fit(config, form, machine, context, args.hit_rate) for form in forms}
     if args.json:
-        forms = {form: plain(x) for form, x in found.items()}
-        print(json.dumps({"machine": asdict(machine), "context": context, "forms": forms}))
+        plainly = {form: plain(x) for form, x in found.items()}
+        print(json.dumps({"machine": asdict(machine), "context": context, "forms": plainly}))
     else:
         show(args, machine, context, found, Console(highlight=False, soft_wrap=True))
     return 0 if any(x.runs for x in found.values()) else 3
