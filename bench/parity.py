@@ -20,6 +20,7 @@ from shoal.model import hf
 from shoal.model.attend import Packed
 from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from shoal.model.hf_files import Planned, write_json, write_safetensors
+from shoal.model.hf_stored import SCALE_INV
 from shoal.model.transformer import Transformer
 
 LIMIT = 1e-4
@@ -116,7 +117,7 @@ def write_fp8(source: Path, target: Path, block: int, seed: int) -> dict[str, Te
             weight = (weight * 64).to(torch.float8_e4m3fn)
             wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
             expected[name] = weight.float() * wide[: weight.shape[0], : weight.shape[1]]
-            written.append(constant(name + hf.SCALE, scale))
+            written.append(constant(name + SCALE_INV, scale))
         written.append(constant(name, weight))
     target.mkdir()
     write_safetensors(target / "model.safetensors", written)

@@ -1,11 +1,12 @@
 """Hugging Face model folders, both ways: what DeepSeek published opens here, what we train opens everywhere.
 
 Reading goes in this order, and everything that can be wrong is found before memory is taken for weights: config.json is
-translated (hf_config), the headers of all files are checked (hf_files), names, shapes, dtypes and FP8 scales are held
-against the model (hf_names), and then tensors are read one at a time straight into their places. The peak is the model
-plus one tensor. FP8 weights with one scale a block become what they stand for: w · scale_inv.
+translated (hf_config, hf_quantisation), the headers of all files are checked (hf_files), names, shapes, dtypes and
+scales are held against the model (hf_names, hf_stored), and then tensors are read one at a time straight into their
+places. The peak is the model plus one tensor. Weights in few bits become what they stand for; precision/weights.py
+leaves them in few bits.
 
-Left out on purpose: writing FP8, other quantisations, and other people's code.
+Left out on purpose: other people's code.
 """
 
 import logging
@@ -18,13 +19,13 @@ from torch import Tensor
 
 from shoal.errors import ModelError
 from shoal.model.config import ModelConfig
-from shoal.model.hf_config import read_config, read_fp8_block, to_hf_config
-from shoal.model.hf_files import AGAIN, Planned, TensorFolder, read_json, write_json, write_tensors
+from shoal.model.hf_config import read_config, to_hf_config
+from shoal.model.hf_files import Planned, TensorFolder, read_json, write_json, write_tensors
 from shoal.model.hf_names import Piece, copies, pieces
+from shoal.model.hf_quantisation import read_quantisation
+from shoal.model.hf_stored import Stored, disagrees
 from shoal.model.transformer import Transformer
 
-SCALE = "_scale_inv"
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHARD_BYTES = 5 * 10**9
 log = logging.getLogger(__name__)
 
@@ -34,25 +35,37 @@ def load_config(folder: Path | str) -> ModelConfig:
 
 
 def load(folder: Path | str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> Transformer:
-    """The model in `folder`, matrices in `dtype` (norms and routers fp32), ready to run. Raises ModelError."""
+    """The model in `folder`, matrices in `dtype` (norms and routers fp32), ready to run. Raises ModelError.
+
+    What is in few bits becomes what it stands for; `precision.weights.load` leaves it as it is.
+    """
+    model, stored = opened(folder, dtype)
+    allocate(model, device)
+    fill(model, stored)
+    return model
+
+
+def opened(folder: Path | str, dtype: torch.dtype) -> tuple[Transformer, Stored]:
+    """The model without memory and the tensors for it, held against each other. Raises ModelError."""
     folder = as_folder(folder)
     raw = read_json(folder, "config.json")
     files = TensorFolder(folder)
     config = without_absent_modules(read_config(raw), files)
     if f"model.layers.{config.n_layers - 1}.input_layernorm.weight" not in files.entries:
         raise disagrees(f"config.json says {config.n_layers} layers, the files have no such layer", "as many in both")
-    model = skeleton(config, dtype)
-    scales = check(model, files, read_fp8_block(raw))
-    allocate(model, device)
+    model, stored = skeleton(config, dtype), Stored(files, read_quantisation(raw))
+    check(model, stored)
+    return model, stored
+
+
+def fill(model: Transformer, stored: Stored) -> None:
+    """Read what the model has memory for, in the order of the files."""
     state = model.state_dict()
-    places = sorted(own_pieces(model), key=lambda p: (files.entries[p.name].file, files.entries[p.name].start))
-    for piece in places:
-        place, value, scale = piece.of(state[piece.ours]), files.read(piece.name), scales.get(piece.name)
-        scale.dequantise(value, place) if scale else place.copy_(value)
-    for piece in second_times(config, files):
-        if not torch.equal(files.read(piece.name).to(state[piece.ours]), state[piece.ours]):
+    for piece in sorted(own_pieces(model), key=stored.place):
+        stored.copy(piece, piece.of(state[piece.ours]))
+    for piece in second_times(model.config, stored):
+        if not stored.equal(piece, state.get(piece.ours)):
             raise disagrees(f"{piece.name} differs from the model's own", "a copy of it")
-    return model
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype) -> Transformer:
@@ -92,66 +105,20 @@ def own_pieces(model: Transformer) -> Iterator[Piece]:
     return pieces(model.config, ((name, tuple(t.shape)) for name, t in model.state_dict().items()))
 
 
-def second_times(config: ModelConfig, files: TensorFolder) -> list[Piece]:
+def second_times(config: ModelConfig, stored: Stored) -> list[Piece]:
     """Copies that the files hold of what stands elsewhere too: multi-token embeddings and heads, a tied head."""
     tied = Piece("lm_head.weight", "embed.weight", (config.vocab_size, config.dim))
     allowed = [*copies(config), tied] if config.tie_embeddings else copies(config)
-    return [piece for piece in allowed if piece.name in files.entries]
+    return [piece for piece in allowed if piece in stored]
 
 
-def check(model: Transformer, files: TensorFolder, block: tuple[int, int] | None) -> dict[str, "BlockScale"]:
-    """Hold names, shapes, dtypes and scales against the model; the FP8 weights' scales by the name of the weight."""
-    scales: dict[str, BlockScale] = {}
-    expected: set[str] = set()
-    for piece in [*own_pieces(model), *second_times(model.config, files)]:
-        entry = files.entries.get(piece.name)
-        if entry is None:
-            raise disagrees(f"the files have no {piece.name}", f"one of shape {list(piece.shape)}")
-        if entry.shape != piece.shape:
-            raise disagrees(f"{piece.name} has shape {list(entry.shape)}", f"{list(piece.shape)}")
-        if entry.dtype == torch.float8_e4m3fn:
-            scales[piece.name] = read_scale(piece, files, block)
-            expected.add(piece.name + SCALE)
-        elif entry.dtype not in FLOATS:
-            raise disagrees(f"{piece.name} has dtype {entry.dtype}", "floating point, or FP8 E4M3 with block scales")
-        expected.add(piece.name)
-    extra = sorted(n for n in files.entries.keys() - expected if not n.endswith("rotary_emb.inv_freq"))
+def check(model: Transformer, stored: Stored) -> None:
+    """Hold names, shapes, dtypes and scales against the model."""
+    pieces = [*own_pieces(model), *second_times(model.config, stored)]
+    expected = {name for piece in pieces for name in stored.check(piece)}
+    extra = sorted(n for n in stored.files.entries.keys() - expected if not n.endswith("rotary_emb.inv_freq"))
     if extra:
         raise disagrees(f"the files hold {len(extra)} tensors the config has no place for: {extra[0]}", "none")
-    return scales
-
-
-class BlockScale:
-    """fp32 scales of an FP8 matrix, one a block of rows and columns, ragged at the edges (V3, section 3.3.2)."""
-
-    def __init__(self, values: Tensor, block: tuple[int, int]):
-        self.values, (self.rows, self.columns) = values.float(), block
-
-    def dequantise(self, weight: Tensor, target: Tensor) -> None:
-        """target = weight · scale, a row of blocks at a time, so that no fp32 copy of the matrix stands in memory."""
-        for i, scale in enumerate(self.values):
-            rows = slice(i * self.rows, (i + 1) * self.rows)
-            along = scale.repeat_interleave(self.columns)[: weight.shape[1]]
-            target[rows].copy_(weight[rows].float() * along)
-
-
-def read_scale(piece: Piece, files: TensorFolder, block: tuple[int, int] | None) -> BlockScale:
-    name = piece.name + SCALE
-    entry = files.entries.get(name)
-    if block is None or entry is None:
-        what = f"no {name}" if block else "no quantization_config in config.json"
-        raise disagrees(f"{piece.name} is FP8, and there is {what}", "a scale for every block")
-    shape = tuple(-(-n // b) for n, b in zip(piece.shape, block, strict=False))
-    if len(piece.shape) != 2 or entry.shape != shape or entry.dtype not in FLOATS:
-        raise disagrees(f"{name} is {entry.dtype} of shape {list(entry.shape)}", f"floats of shape {list(shape)}")
-    values = files.read(name)
-    if not bool((values.isfinite() & (values > 0)).all()):
-        raise ModelError(f"{name} holds a scale that is not finite and above zero", "positive scales", AGAIN)
-    return BlockScale(values, block)
-
-
-def disagrees(got: str, expected: str) -> ModelError:
-    return ModelError(got, f"{expected}: config and tensors must agree", "use the config.json these tensors came with")
 
 
 def save(model: Transformer, folder: Path | str, **how) -> None:

@@ -215,21 +215,6 @@ def read_rope(f: Fields) -> tuple[float, YarnConfig | Llama3RopeConfig | None]:
     )
 
 
-def read_fp8_block(raw: dict) -> tuple[int, int] | None:
-    """Rows and columns that share one scale where the folder is FP8; None where it is not quantised."""
-    q = raw.get("quantization_config")
-    if q is None:
-        return None
-    if not isinstance(q, dict):
-        raise Fields(raw).bad("quantization_config", "an object")
-    Fields(q).must_be("quant_method", "fp8", "absent")
-    Fields(q).word("fmt", "e4m3", ("e4m3",))
-    block = q.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n <= WIDEST for n in block):
-        raise Fields(q).bad("weight_block_size", "rows and columns of a block, such as [128, 128]")
-    return block[0], block[1]
-
-
 def architecture(config: ModelConfig) -> str:
     """The model_type others know this by. Not every mixture of mechanisms has one."""
     a, moe = config.attention, config.moe

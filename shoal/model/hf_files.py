@@ -3,19 +3,28 @@
 A file is 8 bytes of header length, a JSON header (name → dtype, shape, byte range) and the bytes, end to end.
 Everything about a folder is checked from its headers before a byte of memory is taken for weights: a wrong length,
 ranges that overlap or leave gaps, a shape that disagrees with its bytes, a name twice, a shard outside the folder, a
-pipe where a file should be. Then tensors are read one at a time. Pickles (`.bin`, `.pt`) can run code and are never
-opened.
+pipe where a file should be. Then tensors are read one at a time, or used where they lie, in the mapped file. Pickles
+(`.bin`, `.pt`) can run code and are never opened.
+
+A file is the one whose header was checked as long as device, inode, size and time of last change are the same; every
+read looks, and `unchanged` looks for those who use mapped tensors. A file that is replaced does them no harm: the old
+one stays mapped. One that is cut short or written into does, and between two looks the system answers the use of bytes
+that are gone by ending the process (SIGBUS).
 
 Writing goes one tensor at a time too, and every file is synced to disk before the call returns.
 """
 
 import json
 import math
+import mmap
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +42,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -43,6 +53,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 AGAIN = "fetch or export the folder again"
+
+Identity = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -56,16 +68,26 @@ class Entry:
     end: int
 
 
+class Mapped(NamedTuple):
+    """A file of the folder in memory, as long as anything refers to it; `open` keeps it reachable for `unchanged`."""
+
+    open: BufferedReader
+    bytes: mmap.mmap
+
+
 class TensorFolder:
-    """All tensors of a model folder by name, checked; `read` brings one into memory."""
+    """All tensors of a model folder by name, checked; `read` brings one into memory, `mapped` leaves it where it is."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.entries: dict[str, Entry] = {}
+        self._identities: dict[str, Identity] = {}
+        self._maps: dict[str, Mapped] = {}
         weight_map = read_index(folder)
         files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
         for file in files:
-            for name, entry in read_header(folder, file).items():
+            entries, self._identities[file] = read_header(folder, file)
+            for name, entry in entries.items():
                 if name in self.entries:
                     raise ModelError(f"{name} stands in two files of {folder}", "every tensor once", AGAIN)
                 self.entries[name] = entry
@@ -82,13 +104,50 @@ class TensorFolder:
     def read(self, name: str) -> Tensor:
         e = self.entries[name]
         buffer = bytearray(e.end - e.start)
-        with open_regular(self.folder, e.file) as f:
+        with self._open(e.file) as f:
             f.seek(e.start)
             if f.readinto(buffer) != len(buffer):
-                raise ModelError(f"{e.file} ended inside {name}", "a file that does not change while it is read", AGAIN)
+                raise changed(self.folder / e.file)
         if not buffer:
             return torch.empty(e.shape, dtype=e.dtype)
         return torch.frombuffer(buffer, dtype=e.dtype).view(e.shape)
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor where it lies in its file, never to be written to; a copy where its dtype needs another address."""
+        e = self.entries[name]
+        if e.start % e.dtype.itemsize or e.start == e.end:
+            return self.read(name)
+        if e.file not in self._maps:
+            f = self._open(e.file)
+            self._maps[e.file] = Mapped(f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            count = (e.end - e.start) // e.dtype.itemsize
+            flat = torch.frombuffer(self._maps[e.file].bytes, dtype=e.dtype, count=count, offset=e.start)
+        return flat.view(e.shape)
+
+    def unchanged(self) -> None:
+        """Raises ModelError where a mapped file is no longer what it was when its header was checked."""
+        for file, (f, _) in self._maps.items():
+            if identity(f) != self._identities[file]:
+                raise changed(self.folder / file)
+
+    def _open(self, file: str) -> BufferedReader:
+        f = open_regular(self.folder, file)
+        if identity(f) != self._identities[file]:
+            f.close()
+            raise changed(self.folder / file)
+        return f
+
+
+def identity(f: BufferedReader) -> Identity:
+    """Device, inode, size and time of last change: what tells a file from one that was written since."""
+    s = os.fstat(f.fileno())
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+
+def changed(path: Path) -> ModelError:
+    return ModelError(f"{path} was changed while it was in use", "a file that stays as it is", "open the model again")
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -122,7 +181,7 @@ def no_weights(folder: Path) -> ModelError:
     return ModelError(f"no {SINGLE} and no {INDEX} in {folder}", "a model folder with safetensors", "check the path")
 
 
-def open_regular(folder: Path, name: str):
+def open_regular(folder: Path, name: str) -> BufferedReader:
     """Open a file of the folder for reading: no pipe, no device, no link that leads out of the folder.
 
     Links into the blob store of a Hugging Face cache are the one exception: `snapshots/HASH/x` → `blobs/y`.
@@ -170,11 +229,12 @@ def parse_json(data: bytes, where: str) -> dict:
     return value
 
 
-def read_header(folder: Path, file: str) -> dict[str, Entry]:
+def read_header(folder: Path, file: str) -> tuple[dict[str, Entry], Identity]:
     """Every tensor of one safetensors file. The ranges must tile the data exactly, as the format demands."""
     where = f"{folder / file}"
     with open_regular(folder, file) as f:
-        size = os.fstat(f.fileno()).st_size
+        which = identity(f)
+        size = which[2]
         length = int.from_bytes(f.read(8), "little") if size >= 8 else size
         if length > HEADER_LIMIT or 8 + length > size:
             raise ModelError(
@@ -192,7 +252,7 @@ def read_header(folder: Path, file: str) -> dict[str, Entry]:
         at = e.end
     if at != size:
         raise ModelError(f"{where} has {size:,} bytes, its tensors end at {at:,}", "neither more nor less", AGAIN)
-    return entries
+    return entries, which
 
 
 def read_entry(file: str, name: str, value, data_start: int) -> Entry:

@@ -1,17 +1,29 @@
 """Serving leaves: `Linear` and `Experts` whose weights stay in 8 or 4 bits, swapped in from outside.
 
-The model's code doesn't change: `model.layers[0].attn.q_up` is another leaf, that's all. What is quantised and what
-stays in high precision is policy.py's to say.
+The model's code doesn't change: `model.layers[0].attn.q_up` is another leaf, that's all. `load` opens a folder in the
+form it is stored in: what is in few bits stays so, in the mapped files, and is neither converted nor copied; the system
+reads it when it is first used and may let go of it again. In memory are the rest and one tensor more. Dequantised are
+what is no leaf (embedding, norms, routers) and the up-projection of the latents, which decoding folds into queries.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from shoal.model import hf
+from shoal.model.hf_files import TensorFolder
+from shoal.model.hf_names import Piece
+from shoal.model.hf_stored import Stored
+from shoal.model.layers import Linear
+from shoal.model.moe import Experts
+from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 from shoal.ops import quant
 from shoal.ops.quant import Quantised
+
+ABSORBED = "attn.kv_up"
 
 
 class QuantisedLinear(nn.Module):
@@ -44,3 +56,49 @@ class QuantisedExperts(nn.Module):
             if len(x)
         ]
         return torch.cat(made) if made else x_MD
+
+
+def load(folder: Path | str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> Transformer:
+    """The model in `folder` in the form it is stored in; `dtype` is of the matrices in high precision.
+
+    Raises ModelError as `hf.load` does, before memory is taken.
+    """
+    return opened(folder, dtype, device)[0]
+
+
+def opened(folder: Path | str, dtype: torch.dtype, device: torch.device | str) -> tuple[Transformer, TensorFolder]:
+    """And its files, which must stay as they are while the model is used: `unchanged` raises where they don't."""
+    model, stored = hf.opened(folder, dtype)
+    for name, matrices in leaves(model, stored).items():
+        replace_leaf(model, name, [on(stored.quantised(piece), device) for piece in matrices])
+    hf.allocate(model, device)
+    hf.fill(model, stored)
+    return model, stored.files
+
+
+def leaves(model: Transformer, stored: Stored) -> dict[str, list[Piece]]:
+    """The leaves that stay in few bits, by the names of their modules: those of which every matrix is."""
+    found: dict[str, list[Piece]] = {}
+    for piece in hf.own_pieces(model):
+        name, _, part = piece.ours.rpartition(".")
+        if part != "bias" and isinstance(model.get_submodule(name), Linear | Experts) and not name.endswith(ABSORBED):
+            found.setdefault(name, []).append(piece)
+    return {name: pieces for name, pieces in found.items() if all(map(stored.in_few_bits, pieces))}
+
+
+def replace_leaf(model: Transformer, name: str, matrices: Sequence[Quantised]) -> None:
+    """Put a leaf in few bits where `name` is; its bias, if it has one, stays a parameter of the model."""
+    above, _, last = name.rpartition(".")
+    old = model.get_submodule(name)
+    if isinstance(old, Linear):
+        (weight,) = matrices
+        leaf = QuantisedLinear(weight, old.bias)
+    else:
+        E = len(matrices) // 3
+        gate_up, down = matrices[: 2 * E], matrices[2 * E :]
+        leaf = QuantisedExperts(gate_up[0::2], gate_up[1::2], down)
+    setattr(model.get_submodule(above), last, leaf)
+
+
+def on(matrix: Quantised, device: torch.device | str) -> Quantised:
+    return Quantised(matrix.form, matrix.codes.to(device), matrix.scales.to(device), matrix.block)

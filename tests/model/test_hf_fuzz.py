@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from bench.parity import ARCHITECTURES, random_config
 from shoal.errors import ModelError
 from shoal.model.config import ModelConfig
-from shoal.model.hf_config import read_config, read_fp8_block, to_hf_config
+from shoal.model.hf_config import read_config, to_hf_config
 from shoal.model.hf_files import TensorFolder, parse_json
+from shoal.model.hf_quantisation import read_quantisation
 from shoal.model.transformer import Transformer
 
 ODD_VALUES = st.recursive(
@@ -36,7 +37,7 @@ def test_any_setting_may_be_anything(data, architecture):
     if data.draw(st.booleans()):
         raw["rope_parameters"] = data.draw(st.dictionaries(st.sampled_from(ROPE_KEYS), ODD_VALUES))
     try:
-        read_fp8_block(raw)
+        read_quantisation(raw)
         config = read_config(raw)
     except ModelError:
         return
