@@ -32,7 +32,7 @@ from shoal.model.mtp import MTP
 from shoal.model.rope import angles
 from shoal.model.transformer import Transformer
 from shoal.ops import cpu
-from shoal.ops.program import Draws, Program, Routing, Rows
+from shoal.ops.program import Draws, Matrices, Program, Routing, Rows
 
 MOST = 512  # rows in a call; more are cut
 LOGITS_BYTES = 2**25  # of the rows drawn from in a call
@@ -289,5 +289,6 @@ def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TK: Tensor | No
     p.route(h, moe.router.weight, moe.router.bias, r, chosen_TK, beside=shared is not None)
     if moe.shared and shared is not None:
         shared = p.linear(shared, moe.shared.down.weight, "shared")
-    gated = p.experts_gated(h, moe.experts.gate_up, c.n_activated, "gated")
-    p.weigh(p.experts_down(gated, moe.experts.down, c.n_activated, "chosen"), shared, c.n_activated, onto=x)
+    experts = Matrices.stacked(moe.experts.gate_up, moe.experts.down)
+    gated = p.experts_gated(h, experts, c.n_activated, "gated")
+    p.weigh(p.experts_down(gated, experts, c.n_activated, "chosen"), shared, c.n_activated, onto=x)

@@ -220,7 +220,7 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def run(name: str, code: ctypes.Array, n: int, step, *more: Tensor | ctypes.Array | int) -> int:
+def run(name: str, code, n: int, step, *more: Tensor | ctypes.Array | int) -> int:
     """`run_program` or `run_steps` of native/program.c, on torch's threads: see program.py."""
     return _call(name, code, n, step, torch.get_num_threads(), *more)
 

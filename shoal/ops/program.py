@@ -40,10 +40,14 @@ class Flag(IntFlag):
     SIGMOID, NORMED, WIDE, ADD = (1 << i for i in range(4))
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = [("codes", c_void_p)]
+
+
 class _Instruction(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("kind", "wait")),
-        *((name, c_void_p) for name in ("x", "w", "w2", "bias", "y", "kept", "kept2")),
+        *((name, c_void_p) for name in ("x", "w", "w2", "bias", "matrices", "y", "kept", "kept2")),
         *((name, c_int64) for name in "xs ys N K H G R V E A stacked groups best_groups flags".split()),
         *((name, c_float) for name in ("eps", "scale")),
     ]
@@ -54,7 +58,7 @@ class _Step(ctypes.Structure):
         *((name, c_int64) for name in ("T", "P", "singles", "chunks")),
         *((name, c_void_p) for name in "chunk_at token_T position_T slot_T stream_T table_SP cos sin".split()),
         *((name, c_void_p) for name in "expert_M row_M busy_E start_E weight_M".split()),
-        *((name, c_int64) for name in ("n_busy", "routed")),
+        *((name, c_int64) for name in ("n_busy", "routed", "absent")),
         *((name, c_void_p) for name in "temperature_S seed_S counted_S left_S stop_at stops drawn_T logprob_T".split()),
     ]
 
@@ -73,6 +77,47 @@ class Routing(NamedTuple):
     sigmoid: bool
     normed: bool
     scale: float
+
+
+class Matrices:
+    """A mixture's experts by where each lies at the moment: gate and up [F, D], down [D, F]. Between runs they may be
+    placed, moved and cleared; while one is busy it must be there."""
+
+    def __init__(self, n_experts: int, dim: int, hidden: int):
+        self.dim, self.hidden = dim, hidden
+        self.table = (_Matrix * (3 * n_experts))()
+        self._held: list[tuple[Tensor, ...]] = [()] * n_experts
+
+    @classmethod
+    def stacked(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> "Matrices":
+        E, D, F = down_EDF.shape
+        made = cls(E, D, F)
+        for e in range(E):
+            made.place(e, gate_up_E2FD[e, :F], gate_up_E2FD[e, F:], down_EDF[e])
+        return made
+
+    def place(self, e: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """They are read where they lie until another takes their place."""
+        wide, narrow = (self.hidden, self.dim), (self.dim, self.hidden)
+        assert (gate.shape, up.shape, down.shape) == (wide, wide, narrow), (e, gate.shape, up.shape, down.shape)
+        self._held[e] = (gate, up, down)
+        self.table[3 * e : 3 * e + 3] = [_matrix(weight) for weight in self._held[e]]
+
+    def clear(self, e: int) -> None:
+        self._held[e] = ()
+        self.table[3 * e : 3 * e + 3] = [_Matrix()] * 3
+
+
+def _matrix(weight_NK: Tensor) -> _Matrix:
+    assert weight_NK.is_contiguous()
+    return _Matrix(codes=weight_NK.data_ptr())
+
+
+class Mixture(NamedTuple):
+    """Of a program's mixtures one: the instructions as far as its choice, and the experts that are chosen from."""
+
+    routed: int
+    experts: Matrices
 
 
 class Rows(NamedTuple):
@@ -120,8 +165,10 @@ class Program:
         self._free = torch.empty(0, dtype=torch.uint8)
         self._code: list[_Instruction] = []
         self._compiled: ctypes.Array[_Instruction] | None = None  # the same in one piece, until one is added
-        self._held: list[Tensor | None] = [*(angles or ())]  # what instructions point to
+        self._held: list[Any] = [*(angles or ())]  # what instructions point to
         self._step = _Step()
+        self._routed = 0  # instructions as far as the last choice of experts
+        self.mixtures: list[Mixture] = []
         if angles:
             self._step.cos, self._step.sin = (x.data_ptr() for x in angles)
 
@@ -162,12 +209,19 @@ class Program:
         N, K = weight_NK.shape
         y = self._to(to, N)
         flags = (Flag.WIDE if y.dtype is torch.float32 else 0) | (Flag.ADD if add else 0)
-        return self._add(Kind.LINEAR, beside, x=x, w=weight_NK, bias=bias, y=y, N=N, K=K, flags=flags)
+        return self._add(
+            Kind.LINEAR, beside, x=x, matrices=self._matrices(weight_NK), bias=bias, y=y, N=N, K=K, flags=flags
+        )
 
     def gated(self, x: Tensor, gate_NK: Tensor, up_NK: Tensor, to: str, beside: bool = False) -> Tensor:
         """silu(x gateᵀ) · x upᵀ"""
         N, K = gate_NK.shape
-        return self._add(Kind.GATED, beside, x=x, w=gate_NK, w2=up_NK, y=self.rows(to, N), N=N, K=K, stacked=2)
+        both = self._matrices(gate_NK, up_NK)
+        return self._add(Kind.GATED, beside, x=x, matrices=both, y=self.rows(to, N), N=N, K=K, stacked=2)
+
+    def _matrices(self, *weights_NK: Tensor) -> ctypes.Array[_Matrix]:
+        self._held += weights_NK
+        return (_Matrix * len(weights_NK))(*map(_matrix, weights_NK))
 
     def keep_latent(self, x: Tensor, norm_C: Tensor, eps: float, latent_PUW: Tensor, beside: bool = False) -> None:
         """Into the cache: the first C of x normed, the R others turned (in neighbouring pairs)."""
@@ -208,6 +262,7 @@ class Program:
         flags = (Flag.SIGMOID if r.sigmoid else 0) | (Flag.NORMED if r.normed else 0)
         sizes: dict[str, Any] = {"E": r.n_experts, "A": r.n_chosen, "groups": r.n_groups, "best_groups": r.best_groups}
         self._add(Kind.ROUTE, beside, x=logits, bias=bias_E, y=chosen_TA, flags=flags, scale=r.scale, **sizes)
+        self._routed = len(self._code)
         chosen = self.most * r.n_chosen
         lengths = {"expert_M": chosen, "row_M": chosen, "busy_E": r.n_experts, "start_E": r.n_experts + 1}
         for name, length in lengths.items():
@@ -221,19 +276,17 @@ class Program:
             room = self._buffers[name, 0] = torch.zeros(length, dtype=dtype)
             setattr(self._step, name, room.data_ptr())
 
-    def experts_gated(self, x: Tensor, gate_up_E2NK: Tensor, n_chosen: int, to: str) -> Tensor:
-        """Of each row's experts, silu(x gateᵀ) · x upᵀ: [most, A · N]."""
-        _, N2, K = gate_up_E2NK.shape
-        y = self.rows(to, n_chosen * N2 // 2)
-        return self._add(
-            Kind.EXPERTS_GATED, x=x, w=gate_up_E2NK, y=y, N=N2 // 2, K=K, A=n_chosen, stacked=2, ys=N2 // 2
-        )
+    def experts_gated(self, x: Tensor, experts: Matrices, n_chosen: int, to: str) -> Tensor:
+        """Of each row's experts, silu(x gateᵀ) · x upᵀ: [most, A · F]."""
+        self.mixtures.append(Mixture(self._routed, experts))
+        N, K = experts.hidden, experts.dim
+        sizes: dict[str, Any] = {"N": N, "K": K, "A": n_chosen, "stacked": 2, "ys": N}
+        return self._add(Kind.EXPERTS_GATED, x=x, matrices=experts.table, y=self.rows(to, n_chosen * N), **sizes)
 
-    def experts_down(self, x: Tensor, down_ENK: Tensor, n_chosen: int, to: str) -> Tensor:
-        _, N, K = down_ENK.shape
-        return self._add(
-            Kind.EXPERTS_DOWN, x=x, w=down_ENK, y=self.rows(to, n_chosen * N), N=N, K=K, A=n_chosen, xs=K, ys=N
-        )
+    def experts_down(self, x: Tensor, experts: Matrices, n_chosen: int, to: str) -> Tensor:
+        N, K = experts.dim, experts.hidden
+        sizes: dict[str, Any] = {"N": N, "K": K, "A": n_chosen, "xs": K, "ys": N}
+        return self._add(Kind.EXPERTS_DOWN, x=x, matrices=experts.table, y=self.rows(to, n_chosen * N), **sizes)
 
     def weigh(self, x: Tensor, shared: Tensor | None, n_chosen: int, onto: Tensor) -> Tensor:
         """y += Σ weight · x over each row's experts, + shared."""
@@ -254,17 +307,31 @@ class Program:
                 assert value.stride(-1) == 1 and (name in "xy" or value.is_contiguous()), (kind, name)
                 self._held.append(value)
                 value = value.data_ptr()
+            elif isinstance(value, ctypes.Array):
+                self._held.append(value)
+                value = ctypes.addressof(value)
             setattr(c, name, value)
         self._code.append(c)
         self._compiled = None
         return arguments["y"] if "y" in arguments else arguments["x"]
 
-    def run(self, rows: Rows, n: int | None = None) -> None:
-        """One step, or its first `n` instructions. What `rows` lack, none of them may ask for."""
-        held = self._bring(rows)
-        if cpu.run("run_program", self._whole(), len(self._code) if n is None else n, byref(self._step)):
-            raise MemoryError("no room for the scores of attention")
+    def run(self, rows: Rows, n: int | None = None, first: int = 0) -> None:
+        """One step, or of its first `n` instructions those from `first` on; those before it left what they left. What
+        `rows` lack, none of them may ask for."""
+        held, n = self._bring(rows), len(self._code) if n is None else n
+        code = byref(self._whole(), first * ctypes.sizeof(_Instruction))
+        self._check(cpu.run("run_program", code, n - first, byref(self._step)))
         del held
+
+    def busy(self) -> list[int]:
+        """The experts that the last choice fell on, in order."""
+        return self._buffers["busy_E", 0][: self._step.n_busy].tolist()
+
+    @staticmethod
+    def _check(failed: int) -> None:
+        if failed == 1:
+            raise MemoryError("no room for the scores of attention")
+        assert not failed, "an expert is busy that has no place"
 
     def run_steps(self, rows: Rows, draws: Draws, steps: int, keep: Sequence[Tensor] = ()) -> Drawn:
         """So many steps of rows that are streams of their own, each fed the token drawn in the one before: as long as
@@ -285,8 +352,7 @@ class Program:
         taken, kept = torch.zeros(T, dtype=torch.int64), [x.new_empty(T, steps, *x.shape[1:]) for x in keep]
         pairs = [(x.data_ptr(), to.data_ptr(), x[0].nbytes) for x, to in zip(keep, kept)]
         made = (tokens, logprobs, taken, (_Kept * len(pairs))(*pairs), len(pairs))
-        if cpu.run("run_steps", self._whole(), len(self._code), byref(s), steps, *made):
-            raise MemoryError("no room for the scores of attention")
+        self._check(cpu.run("run_steps", self._whole(), len(self._code), byref(s), steps, *made))
         del held
         return Drawn(taken.tolist(), tokens, logprobs, kept)
 

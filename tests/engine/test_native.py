@@ -259,3 +259,25 @@ def test_a_rest_of_the_module_is_no_slower_and_keeps_what_a_trial_needs():
     assert result.usage.drafted > 0
     engine.close()
     plain.close()
+
+
+@torch.no_grad()
+def test_a_run_may_stop_where_experts_are_chosen_and_wait_for_them():
+    m, runner = built(V3)
+    p, rows = runner._body, next(runner._parts([1, 2, 3], [Span(0, 3, [0])]))
+    whole, first = runner.body([1, 2, 3], [Span(0, 3, [0])]), 0
+    parts = [block.get_submodule("ffn.experts") for block in m.layers[1:]]
+    for (routed, experts), its in zip(p.mixtures, parts, strict=True):
+        gate_up, down = (weight.detach().clone() for weight in its.parameters())
+        for e in range(16):
+            experts.clear(e)
+        p.run(rows, routed, first)
+        for e in p.busy():
+            experts.place(e, gate_up[e, :48], gate_up[e, 48:], down[e])
+        assert 3 <= len(p.busy()) <= 9
+        first = routed
+    p.run(rows, runner._before_head, first)
+    assert torch.equal(runner._hidden[:3], whole)
+    p.mixtures[-1].experts.clear(p.busy()[0])
+    with pytest.raises(AssertionError, match="no place"):
+        p.run(rows, runner._before_head)

@@ -149,11 +149,12 @@ INLINE i64 take(const Instruction *c, Rows r, i64 row, i64 most, const bf16 **xs
 
 typedef void Finish(const Instruction *c, i64 row, i64 n, i64 columns, const float *products, const float *others);
 
-/* Rows of x times `columns` outputs from n on, of w and of w2 where it isn't NULL. A row's products go to `finish`.
+/* Rows of x times `columns` outputs from n on, of a matrix or of two. A row's products go to `finish`.
  * Many rows at a time go by a panel of packed weights, without the sums across lanes. */
-INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const bf16 *w, const bf16 *w2, i64 n, i64 columns,
+INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const Matrix *matrices, i64 n, i64 columns,
                      Finish finish) {
     const Instruction *c = t->code;
+    const bf16 *w = matrices[0].codes, *w2 = c->stacked == 2 ? matrices[1].codes : NULL;
     float tile[MOST_ROWS][PANEL];
     const bf16 *xs[MOST_ROWS];
     i64 K = c->K, total = w2 ? 2 * columns : columns, exact = r.end - panel_from < MANY ? r.end : panel_from;

@@ -45,20 +45,24 @@ INLINE void all_rows(const Worker *t, i64 task, Finish finish) {
     i64 n = task % blocks * columns, start = task / blocks * ROWS;
     Rows r = {NULL, 1, start, least(start + ROWS, s->T)};
     i64 panel_from = s->chunks && s->singles < r.end ? (s->singles > start ? s->singles : start) : r.end;
-    multiply(t, r, panel_from, c->w, c->w2, n, least(columns, c->N - n), finish);
+    multiply(t, r, panel_from, c->matrices, n, least(columns, c->N - n), finish);
 }
 
 /* A task of a product over each expert's rows: a block of outputs of one of the experts that have any. */
-INLINE void by_expert(const Worker *t, i64 task, i64 divide, Finish finish) {
+INLINE void by_expert(const Worker *t, i64 task, i64 divide, i64 which, Finish finish) {
     const Instruction *c = t->code;
-    const Step *s = t->step;
+    Step *s = t->step;
     i64 columns = width(c, s), blocks = ceil_div(c->N, columns);
     i64 e = s->busy_E[task / blocks], n = task % blocks * columns;
-    const bf16 *w = (const bf16 *)c->w + e * c->stacked * c->N * c->K;
+    const Matrix *matrices = c->matrices + 3 * e + which;
+    if (!matrices->codes) {
+        s->absent = 1;
+        return;
+    }
     Rows r = {s->row_M, divide, s->start_E[e], s->start_E[e + 1]};
     i64 panel_from = s->chunks ? r.start : r.end;
     while (panel_from < r.end && s->row_M[panel_from] < s->singles * c->A) panel_from++;
-    multiply(t, r, panel_from, w, c->stacked == 2 ? w + c->N * c->K : NULL, n, least(columns, c->N - n), finish);
+    multiply(t, r, panel_from, matrices, n, least(columns, c->N - n), finish);
 }
 
 /* y = x wᵀ + bias, added to what stands in y if ADD; fp32 if WIDE. */
@@ -89,9 +93,9 @@ static void finish_gated(const Instruction *c, i64 row, i64 n, i64 columns, cons
 }
 static void gated(const Worker *t, i64 task) { all_rows(t, task, finish_gated); }
 
-/* Each chosen expert's rows, M = T · A of them: gate and up stacked in w [E, 2N, K]; down [E, N, K]. */
-static void experts_gated(const Worker *t, i64 task) { by_expert(t, task, t->code->A, finish_gated); }
-static void experts_down(const Worker *t, i64 task) { by_expert(t, task, 1, finish_linear); }
+/* Each chosen expert's rows, M = T · A of them. */
+static void experts_gated(const Worker *t, i64 task) { by_expert(t, task, t->code->A, 0, finish_gated); }
+static void experts_down(const Worker *t, i64 task) { by_expert(t, task, 1, 2, finish_linear); }
 
 /* y += Σ_A weight · x_M + shared (w2, where there is one), rounded where the model rounds. */
 static void weigh(const Worker *t, i64 row) {
@@ -239,7 +243,7 @@ typedef struct {
 /* Ask for the weights that this thread's first task of an instruction probably needs. */
 static void warm(const Instruction *c, i64 task) {
     if ((KINDS[c->kind] != linear && KINDS[c->kind] != gated) || (task + 1) * BLOCK > c->N) return;
-    const char *w = (const char *)c->w + task * BLOCK * c->K * sizeof(bf16);
+    const char *w = (const char *)c->matrices->codes + task * BLOCK * c->K * sizeof(bf16);
     for (i64 b = 0; b < BLOCK * c->K * (i64)sizeof(bf16); b += 64) _mm_prefetch(w + b, _MM_HINT_T1);
 }
 
@@ -268,7 +272,7 @@ static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) 
     return bytes;
 }
 
-/* Run the instructions. Returns 1 where there is no memory for attention. */
+/* Run the instructions. Returns 1 where there is no memory for attention, 2 where an expert isn't in memory. */
 int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
     i64 longest = 0;
     for (i64 row = 0; step->position_T && row < step->T; row++)
@@ -278,6 +282,7 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
     Counter *counters = calloc(n, sizeof(Counter));
     char *room = malloc(threads * bytes);
     _Atomic i64 arrived = 0;
+    step->absent = 0;
     if (!counters || (bytes && !room)) return free(counters), free(room), 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -295,7 +300,7 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
     }
     free(counters);
     free(room);
-    return 0;
+    return step->absent ? 2 : 0;
 }
 
 static int is_stop(const Step *s, i64 stream, i64 token) {
@@ -307,11 +312,12 @@ static int is_stop(const Step *s, i64 stream, i64 token) {
 /* Up to `steps` steps of rows that are streams of their own, each fed the token drawn in the one before; the program
  * ends with the draw. A stream that has drawn a stop, or all it may, leaves. Ends before a step that isn't finite.
  * Leaves tokens and log-probabilities [S, steps], the rows of `kept` behind them, and how many each stream has, taken
- * [S] (zeros at first). Returns 1 where there is no memory. */
+ * [S] (zeros at first). Returns what a step does that fails. */
 int run_steps(const Instruction *code, i64 n, Step *s, i64 threads, i64 steps, i64 *tokens, double *logprobs,
               i64 *taken, const Kept *kept, i64 n_kept) {
     while (steps && s->T) {
-        if (run_program(code, n, s, threads)) return 1;
+        int failed = run_program(code, n, s, threads);
+        if (failed) return failed;
         for (i64 row = 0; row < s->T; row++)
             if (s->drawn_T[row] < 0) return 0;
         i64 stay = 0;

@@ -3,9 +3,14 @@
 #include "tiles.h"
 #include <stdatomic.h>
 
+typedef struct { /* [outputs, K] where it lies now, or NULL where it isn't in memory; the same in ops/program.py */
+    const void *codes;
+} Matrix;
+
 typedef struct { /* the same in ops/program.py */
     i64 kind, wait;
     const void *x, *w, *w2, *bias;
+    const Matrix *matrices; /* of a product; gate, up and down of one expert after the other */
     void *y, *kept, *kept2;
     i64 xs, ys; /* from row to row of x and y */
     i64 N, K, H, G, R, V, E, A, stacked, groups, best_groups, flags; /* stacked: weights that make an output */
@@ -24,7 +29,7 @@ typedef struct { /* what a step brings, and room for what its routers choose */
     i64 *expert_M, *row_M, *busy_E, *start_E; /* M = T·A; rows sorted by expert, the experts that have any */
     float *weight_M;
     i64 n_busy;
-    _Atomic i64 routed; /* rows whose experts are chosen */
+    _Atomic i64 routed, absent; /* rows whose experts are chosen; whether one of these wasn't in its place */
     /* How each stream's tokens are drawn, how many it may have, and its stops: from stop_at[i] on, up to the next's. */
     const float *temperature_S;
     const uint64_t *seed_S;
