@@ -25,7 +25,7 @@ from torch import Tensor
 from shoal.errors import ModelError
 from shoal.model import hf
 from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig
-from shoal.model.gguf_blocks import decoded
+from shoal.model.gguf_blocks import decoded, in_few_bits
 from shoal.model.gguf_config import FIX, Settings, model_config
 from shoal.model.gguf_file import AGAIN, Entry, GGUFFile
 from shoal.model.hf_names import Piece, copies
@@ -64,7 +64,7 @@ LAYER = {
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 FREQUENCIES = "rope_freqs.weight"
-NUMBERS_AT_ONCE = 2**24  # that `fill` computes in fp32
+NUMBERS_AT_ONCE = 2**24  # that `copy` computes in fp32
 
 
 class GGUF:
@@ -85,11 +85,27 @@ class GGUF:
         found = self._rows(piece, 0, rows_of(piece.shape))
         return found if isinstance(found, Quantised) else found.view(piece.shape)
 
-    def fill(self, name: str, place: Tensor) -> None:
-        """Compute a tensor's numbers into `place`, some rows at a time."""
-        piece = self.pieces[name]
+    # What hf_stored.Stored answers of a folder:
+
+    def __contains__(self, piece: Piece) -> bool:
+        return piece.name in self.pieces
+
+    def place(self, piece: Piece) -> tuple[int, int]:
+        """Where it lies: the number of a file, and a byte of it."""
+        (name, _), *_ = self._stored(piece)
+        return self.entries[name].file, self.entries[name].start
+
+    def in_few_bits(self, piece: Piece) -> bool:
+        return any(self.entries[name].kind.block > 1 for name, _ in self._stored(piece))
+
+    def quantised(self, piece: Piece) -> Quantised:
+        """The matrix in few bits, in memory: what has no form of ours is rounded to int8 (gguf_blocks)."""
+        return in_few_bits(self.tensor(piece.name))
+
+    def copy(self, piece: Piece, place: Tensor) -> None:
+        """place = the piece's numbers, some rows at a time."""
         N, at_once = rows_of(piece.shape), max(1, NUMBERS_AT_ONCE // piece.shape[-1])
-        if name.endswith("kv_b_proj.weight"):
+        if piece.name.endswith("kv_b_proj.weight"):
             at_once = N
         target = place.view(N, -1)
         for first in range(0, N, at_once):
@@ -207,13 +223,18 @@ class GGUF:
 
 def load(path: Path | str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> Transformer:
     """The model with every number computed out: matrices in `dtype`, norms and routers fp32. Raises ModelError."""
-    file = GGUF(path)
-    model = hf.skeleton(file.config, dtype)
+    model, file = opened(path, dtype)
     hf.allocate(model, device)
     state = model.state_dict()
-    for name, piece in file.pieces.items():
-        file.fill(name, piece.of(state[piece.ours]))
+    for piece in sorted(file.pieces.values(), key=file.place):
+        file.copy(piece, piece.of(state[piece.ours]))
     return model
+
+
+def opened(path: Path | str, dtype: torch.dtype) -> tuple[Transformer, GGUF]:
+    """The model without memory and the tensors for it, held against each other. Raises ModelError."""
+    file = GGUF(path)
+    return hf.skeleton(file.config, dtype), file
 
 
 def rows_of(shape: tuple[int, ...]) -> int:

@@ -10,12 +10,15 @@ What our two integer forms can hold stays in few bits, number for number; the re
 | q4_0 | d, 32 of 4 bits | d·(q − 8) | int4, groups of 32, equal |
 | q4_1 | d, m, 32 of 4 bits | d·q + m | int4 with `least`, groups of 32, equal |
 | q4_K | d, m, 8 × (6-bit s, t), 256 of 4 bits | d·s·q − m·t | int4 with `least`, groups of 32; d·s and m·t in fp16 |
-| q5_1, q5_K, q6_K | | | fp32 Tensor, equal |
+| q5_1, q5_K, q6_K | | | fp32 Tensor, equal; `in_few_bits` rounds it to int8, groups of 32 |
 
 q4_K's scale is a product of 11 and 6 significant bits, which fp16 rounds: by 2⁻¹¹ of itself at most, so a number of the
 block is off by at most 15·2⁻¹¹ of a step, 0.7% of one, plus as much of `least`. GGUF keeps number i of 32 in the low
 half of byte i and number i + 16 in the high half of it (q4_K: i of the next 32), ours are neighbours: bytes are
 re-paired. Scales that are not finite are refused.
+
+q5_K and q6_K, which files called Q4_K_M are full of, fit none of our forms: their groups are of 16, or have a least
+number beside 5 bits. As int8 a number moves by half of 1/127 of the largest of its 32, an eighth of a step of q6_K.
 
 The layouts are ggml's (ggml-common.h); tests hold them against the `gguf` package.
 """
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from shoal.errors import ModelError
 from shoal.model.gguf_file import AGAIN, Kind
-from shoal.ops.quant import Form, Quantised, packed
+from shoal.ops.quant import Form, Quantised, packed, quantise
 
 GROUP = 32
 PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -40,6 +43,10 @@ def decoded(rows: Tensor, kind: Kind, name: str) -> Tensor | Quantised:
     if not all(bool(x.isfinite().all()) for x in scales):
         raise ModelError(f"{name} has a scale that is not finite", "finite scales", AGAIN)
     return found
+
+
+def in_few_bits(matrix: Tensor | Quantised) -> Quantised:
+    return matrix if isinstance(matrix, Quantised) else quantise(matrix, "int8", GROUP, torch.float16)
 
 
 def half(blocks: Tensor, at: int) -> Tensor:
