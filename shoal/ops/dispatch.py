@@ -81,21 +81,33 @@ class GroupedLinear(torch.autograd.Function):
         dx_MD = torch.empty_like(x_MD)
         for e, start, _, end in ctx.blocks:
             torch.mm(dy_MF[start:end], weight_EFD[e], out=dx_MD[start:end])
-        dweight_EFD = torch.empty_like(weight_EFD)
-        longest = max((end - start for _, start, _, end in ctx.blocks), default=0)
-        padded = dy_MF.new_empty(longest, dy_MF.shape[1])
-        seen = set()
-        for e, start, own, end in ctx.blocks:
-            dy = dy_MF[start:end]
-            if own < end:
-                dy = padded[: end - start]
-                dy[: own - start] = dy_MF[start:own]
-                dy[own - start :] = 0
-            torch.mm(dy.t(), x_MD[start:end], out=dweight_EFD[e])
-            seen.add(e)
-        for e in set(range(len(weight_EFD))) - seen:
-            dweight_EFD[e] = 0
-        return dx_MD, dweight_EFD, None
+        return dx_MD, _weight_gradient(dy_MF, x_MD, ctx.blocks, len(weight_EFD)), None
+
+
+def grouped_weight_gradient(dy_MF: Tensor, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+    """dyᵀ x of each row block: [E, F, D], what `grouped_linear` gives its weight. Zero where an expert has no rows."""
+    if x_MD.is_cuda:
+        return F.grouped_mm(dy_MF.t(), x_MD, offs=counts_E.cumsum(0, dtype=torch.int32))
+    return _weight_gradient(dy_MF, x_MD, blocks(counts_E.tolist(), GroupedLinear.ROUND), len(counts_E))
+
+
+def _weight_gradient(dy_MF: Tensor, x_MD: Tensor, spans: Sequence[tuple[int, int, int, int]], E: int) -> Tensor:
+    """`spans` are `blocks`."""
+    dweight_EFD = x_MD.new_empty(E, dy_MF.shape[1], x_MD.shape[1])
+    longest = max((end - start for _, start, _, end in spans), default=0)
+    padded = dy_MF.new_empty(longest, dy_MF.shape[1])
+    seen = set()
+    for e, start, own, end in spans:
+        dy = dy_MF[start:end]
+        if own < end:
+            dy = padded[: end - start]
+            dy[: own - start] = dy_MF[start:own]
+            dy[own - start :] = 0
+        torch.mm(dy.t(), x_MD[start:end], out=dweight_EFD[e])
+        seen.add(e)
+    for e in set(range(E)) - seen:
+        dweight_EFD[e] = 0
+    return dweight_EFD
 
 
 def blocks(counts: Sequence[int], round_to: int) -> list[tuple[int, int, int, int]]:

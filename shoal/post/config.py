@@ -12,12 +12,14 @@ from shoal.train.config import (
     SHARE,
     BatchConfig,
     CheckpointConfig,
+    Fp8Config,
     LossConfig,
     OptimConfig,
     PretrainConfig,
     SafetyConfig,
     ScheduleConfig,
     require,
+    require_bf16,
 )
 
 
@@ -39,6 +41,8 @@ class TuningConfig:
     steps: int | None = None
     minutes: float | None = None
     dtype: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["plain", "fp8"] = "plain"
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     recompute: bool = False
     levels: tuple[int, ...] | None = None
     threads: int | None = None
@@ -50,13 +54,15 @@ class TuningConfig:
             got = " and ".join(f"{name} {getattr(self, name):g}" for name in given) or "none of epochs, steps, minutes"
             raise ConfigError(got, "one of the three", "give --epochs E, --steps N or --minutes M, the others as none")
         require(self, "", epochs=POSITIVE, steps=AT_LEAST_ONE, minutes=POSITIVE, threads=AT_LEAST_ONE)
+        require_bf16(self.precision, self.dtype)
 
     def training(self, model: ModelConfig, steps: int | None) -> PretrainConfig:
         """The same for a `TrainState` of this model; `steps` None goes by minutes."""
         return PretrainConfig(
             model, batch=self.batch, optim=self.optim, schedule=self.schedule, loss=self.loss, safety=self.safety,
             checkpoint=self.checkpoint, steps=steps, minutes=self.minutes if steps is None else None,
-            dtype=self.dtype, recompute=self.recompute, threads=self.threads, seed=self.seed,
+            dtype=self.dtype, precision=self.precision, fp8=self.fp8, recompute=self.recompute, threads=self.threads,
+            seed=self.seed,
         )  # fmt: skip
 
 
@@ -144,3 +150,6 @@ class DistillConfig(TuningConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self, "", samples=AT_LEAST_ONE, group=AT_LEAST_ONE)
+        if self.on_policy and self.precision == "fp8":
+            got = "precision fp8 with on_policy, where an engine that computes in bf16 writes what is learnt from"
+            raise ConfigError(got, "precision plain", "set --precision plain, or --on_policy false")

@@ -111,6 +111,7 @@ def tune(
             saver.check()
         if saved != state.counters.step:
             save(saver, state, clock)
+    state.end()
 
 
 def require_same_samples(run: Run, samples: Samples) -> None:

@@ -39,6 +39,12 @@ def require(config: object, path: str, **ranges: Range) -> None:
             raise ConfigError(f"{path}{name} = {value:g}", str(allowed), f"set --{path}{name} to such a number")
 
 
+def require_bf16(precision: str, dtype: str) -> None:
+    """8-bit products stand between bf16 activations."""
+    if precision == "fp8" and dtype != "bf16":
+        raise ConfigError(f"precision fp8 with dtype {dtype}", "dtype bf16", "set --dtype bf16, or --precision plain")
+
+
 @dataclass(frozen=True)
 class BatchConfig:
     """A step sees `context · samples · accumulate` tokens; `samples` windows go through the model at once."""
@@ -183,6 +189,16 @@ class SafetyConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """What precision "fp8" means beside E4M3 operands. Scales are powers of two, one byte each, under which a product
+    in bf16 is exact, or fp32, whose products on a CPU are fp32 and slow. `moments` are the optimizer's.
+    """
+
+    scales: Literal["ue8m0", "fp32"] = "ue8m0"
+    moments: Literal["bf16", "fp32"] = "bf16"
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
@@ -197,6 +213,8 @@ class PretrainConfig:
     steps: int | None = None  # how long to train: so many steps,
     minutes: float | None = None  # or so long on the clock, the number of steps being corrected as it goes
     dtype: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["plain", "fp8"] = "plain"  # products in blocks: as `dtype` has them, or with 8-bit operands
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     recompute: bool = False  # rebuild each layer's activations in the backward pass
     threads: int | None = None
     seed: int = 0
@@ -206,6 +224,7 @@ class PretrainConfig:
             got = f"steps {self.steps} and minutes {self.minutes}"
             raise ConfigError(got, "one of the two", "give --steps N or --minutes M, and the other as none")
         require(self, "", steps=AT_LEAST_ONE, minutes=POSITIVE, threads=AT_LEAST_ONE)
+        require_bf16(self.precision, self.dtype)
         if self.batch.context > self.model.max_positions:
             got = f"a context of {self.batch.context} for a model of {self.model.max_positions} positions"
             raise ConfigError(got, "batch.context at most model.max_positions", "lower one or raise the other")

@@ -8,8 +8,9 @@ each expert's own: the update is the momentum with its singular values all moved
 by a few Newton–Schulz steps, which are products and run at the speed of products. Embedding, head, norms and routers
 stay with AdamW. `torch.optim.Muon` takes 2-D parameters only, keeps no masters and loops over experts.
 
-A parameter that is fp32 already is its own master. State names are `master.NAME`, `momentum.NAME`, `first.NAME`,
-`second.NAME`, NAME being the model's.
+A parameter that is fp32 already is its own master. Moments may be kept in bf16 (DeepSeek-V3, section 3.3.3): a step
+widens a parameter's own, moves them in fp32 and rounds them back. State names are `master.NAME`, `momentum.NAME`,
+`first.NAME`, `second.NAME`, NAME being the model's.
 """
 
 from collections.abc import Sequence
@@ -45,8 +46,8 @@ class Slot:
 
 
 class Optimizer:
-    def __init__(self, model: Transformer, config: OptimConfig):
-        self.config = config
+    def __init__(self, model: Transformer, config: OptimConfig, moments: torch.dtype = torch.float32):
+        self.config, self.moments = config, moments
         gates_and_ups = {id(m.gate_up) for m in model.modules() if isinstance(m, Experts)}
         self.slots = [self._slot(name, p, id(p) in gates_and_ups) for name, p in model.named_parameters()]
 
@@ -56,9 +57,10 @@ class Optimizer:
         inner = p.dim() >= 2 and name not in ends and not name.endswith("router.weight")
         muon = inner and c.matrices == "muon"
         master = p.data if p.dtype == torch.float32 else p.data.float()
-        second = None if muon else torch.zeros_like(master)
+        first = torch.zeros_like(master, dtype=self.moments)
+        second = None if muon else torch.zeros_like(first)
         decay = c.weight_decay if inner else 0.0
-        return Slot(name, p, master, muon, paired, ends.get(name, 1.0), decay, torch.zeros_like(master), second)
+        return Slot(name, p, master, muon, paired, ends.get(name, 1.0), decay, first, second)
 
     def gradients(self) -> list[Tensor | None]:
         """As backward left them, one for each slot; None for a parameter that took no part."""
@@ -79,12 +81,16 @@ class Optimizer:
         size, root = lr / (1 - c.beta1**number), (1 - c.beta2**number) ** -0.5
         numbers = ops.AdamW(clip, lr, c.beta1, c.beta2, c.eps, s.decay, size, root)
         narrow = None if s.weight.dtype == torch.float32 else s.weight
-        ops.adamw_(s.master, s.first, s.second, grad, narrow, numbers)
+        first, second = s.first.float(), s.second.float()  # themselves where they are fp32
+        ops.adamw_(s.master, first, second, grad, narrow, numbers)
+        _keep(s.first, first)
+        _keep(s.second, second)
 
     def _muon(self, s: Slot, grad: Tensor, lr: float, clip: float) -> None:
         c, g = self.config, grad.float() * clip
-        s.first.mul_(c.momentum).add_(g)
-        u = g.add_(s.first, alpha=c.momentum)
+        first = s.first.float().mul_(c.momentum).add_(g)
+        _keep(s.first, first)
+        u = g.add_(first, alpha=c.momentum)
         matrices = u.unflatten(1, (2, -1)) if s.paired else u
         u = orthogonal(matrices, c.newton_schulz_steps).reshape(u.shape)
         size = c.muon_rms * max(matrices.shape[-2:]) ** 0.5
@@ -126,6 +132,11 @@ class Optimizer:
             tensor.copy_(state[name])
         for s in self.slots:
             self._narrow(s)
+
+
+def _keep(moment: Tensor, wide: Tensor) -> None:
+    if moment is not wide:
+        moment.copy_(wide)
 
 
 def norm(gradients: Sequence[Tensor | None]) -> float:

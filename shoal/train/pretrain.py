@@ -90,6 +90,7 @@ def pretrain(
             saver.check()
         if saved != state.counters.step:
             save(saver, state, clock)
+    state.end()
     return state
 
 

@@ -13,12 +13,14 @@ from shoal.data.loader import Batch
 from shoal.model.attend import Attend, Packed
 from shoal.model.moe import Routes
 from shoal.model.transformer import Transformer
+from shoal.precision import fp8
 from shoal.train import balance, optim, schedule
 from shoal.train.config import PretrainConfig
 from shoal.train.loss import Losses, Main, losses, next_token
 from shoal.train.optim import Optimizer
 
 STAGE = "stage."  # before the names of a stage's tensors
+MOMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -65,9 +67,17 @@ class TrainState:
             model = Transformer(config.model).to(self.device)
             model.init_weights(config.seed, config.init.embed_std, config.init.out_std)
         self.model = model.set_dtype(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-        self.optimizer = Optimizer(self.model, config.optim)
+        moments = torch.float32
+        if config.precision == "fp8":
+            fp8.swap(self.model, config.fp8.scales)
+            moments = MOMENTS[config.fp8.moments]
+        self.optimizer = Optimizer(self.model, config.optim, moments)
         self.counters = Counters(total_steps=config.steps or 0)
         self.stage: dict[str, Tensor] = {}  # what a stage's own loop must remember, besides counters.stage
+
+    def end(self) -> None:
+        """Training is over: the model computes in its dtype again, as wherever its checkpoint is opened."""
+        fp8.restore(self.model)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.optimizer.tensors() | {STAGE + name: t for name, t in self.stage.items()}

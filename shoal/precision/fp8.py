@@ -1,0 +1,187 @@
+"""Training leaves in 8 bits: forward, dgrad and wgrad of every product of a block in E4M3 (DeepSeek-V3, section 3.3).
+
+    forward    y  = q(x) q(W)ᵀ            q: tiles of 1 × 128 of activations, blocks of 128 × 128 of weights
+    dgrad      dx = q(dy) q(W)
+    wgrad      dW = q'(dy)ᵀ q'(x̂)         q': tiles of 128 × 1; x̂ is what was kept of x, tiled anew
+
+Between forward and backward x̂ lies in 8 bits (in 12, E5M6, before attention's out projection), and so do gate and up,
+from which SwiGLU's output is made again; policy.py has the table. `swap` puts these leaves in from outside, over the
+same parameters: names, checkpoints and optimizer don't notice. `restore` takes them out.
+
+These are the numerics of 8-bit training, not its speed. Without a unit for FP8 the operands, rounded to what 8 bits can
+hold, are multiplied in bf16 with an fp32 sum, which is exact under power-of-two scales (quant_tiles.py); under fp32
+scales they are multiplied in fp32, and take as much longer. A weight's gradient leaves in the weight's dtype.
+
+Shapes: M rows (tokens, or rows sorted by expert), K inputs, N outputs, F hidden, E matrices (1, or experts).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from shoal.model.layers import Linear, SwiGLU
+from shoal.model.moe import Experts
+from shoal.model.transformer import Transformer
+from shoal.ops import dispatch as ops
+from shoal.ops import fp8_tiles
+from shoal.ops.quant import Quantised
+from shoal.ops.quant_tiles import E5M6, ROW_TILE, Scales
+from shoal.precision import policy
+
+REMEMBERED = "_row_tiles"  # attribute of a tensor that several leaves read
+
+
+class _Product(torch.autograd.Function):
+    """y_e = x_e W_eᵀ of row blocks x_e, W being `weights` one above the other: [M, N]."""
+
+    @staticmethod
+    def forward(ctx, x_MK: Tensor, counts_E: Tensor, operand_MK: Tensor, kept, scales: Scales, *weights: Tensor):
+        ctx.save_for_backward(counts_E, kept.codes, kept.scales, *weights)
+        ctx.kind, ctx.scales = type(kept), scales
+        return _times(operand_MK, _matrices(weights, len(counts_E), scales).mT, counts_E).to(x_MK.dtype)
+
+    @staticmethod
+    def backward(ctx, dy_MN: Tensor):
+        counts_E, codes, row_scales, *weights = ctx.saved_tensors
+        matrices_ENK = _matrices(weights, len(counts_E), ctx.scales)
+        dx_MK = _times(fp8_tiles.passing_rows(dy_MN, ctx.scales), matrices_ENK, counts_E).to(dy_MN.dtype)
+        x_MK = _restored(ctx.kind, codes, row_scales, ctx.scales)
+        d_ENK = _weight_gradient(dy_MN, x_MK, counts_E, ctx.scales)
+        parts = d_ENK.split([w.numel() // len(d_ENK) // d_ENK.shape[2] for w in weights], 1)
+        return dx_MK, None, None, None, None, *(d.reshape(w.shape).to(w.dtype) for d, w in zip(parts, weights))
+
+
+class _SwiGLUDown(torch.autograd.Function):
+    """(silu(gate) · up) Wᵀ of row blocks, gate and up being halves of a row; kept is their E4M3 form."""
+
+    @staticmethod
+    def forward(ctx, gate_up_M2F: Tensor, counts_E: Tensor, scales: Scales, down_ENF: Tensor):
+        kept = fp8_tiles.kept_rows(gate_up_M2F.unflatten(1, (2, -1)).flatten(0, 1), scales)
+        ctx.save_for_backward(counts_E, kept.codes, kept.scales, down_ENF)
+        ctx.scales = scales
+        h_MF = ops.swiglu(*gate_up_M2F.chunk(2, -1))
+        down = fp8_tiles.blocks(down_ENF, scales).mT
+        return _times(fp8_tiles.passing_rows(h_MF, scales), down, counts_E).to(h_MF.dtype)
+
+    @staticmethod
+    def backward(ctx, dy_MN: Tensor):
+        counts_E, codes, row_scales, down_ENF = ctx.saved_tensors
+        gate_up = _restored(Quantised, codes, row_scales, ctx.scales).to(dy_MN.dtype).unflatten(0, (-1, 2)).flatten(1)
+        dh_MF = _times(fp8_tiles.passing_rows(dy_MN, ctx.scales), fp8_tiles.blocks(down_ENF, ctx.scales), counts_E)
+        with torch.enable_grad():
+            h_MF = ops.swiglu(*gate_up.requires_grad_().chunk(2, -1))
+        (dgate_up,) = torch.autograd.grad(h_MF, gate_up, dh_MF.to(h_MF.dtype))
+        ddown_ENF = _weight_gradient(dy_MN, h_MF.detach(), counts_E, ctx.scales)
+        return dgate_up, None, None, ddown_ENF.to(down_ENF.dtype)
+
+
+def _times(x_MK: Tensor, matrices_EKN: Tensor, counts_E: Tensor) -> Tensor:
+    """Of operands."""
+    return ops.grouped_linear(x_MK, matrices_EKN.mT, counts_E)
+
+
+def _weight_gradient(dy_MN: Tensor, x_MK: Tensor, counts_E: Tensor, scales: Scales) -> Tensor:
+    dy, x = (fp8_tiles.columns(each, counts_E, scales) for each in (dy_MN, x_MK))
+    return ops.grouped_weight_gradient(dy, x, counts_E)
+
+
+def _matrices(weights: tuple[Tensor, ...] | list[Tensor], E: int, scales: Scales) -> Tensor:
+    """The operand [E, N, K] that weights make; each [.., N, K] of theirs has blocks of its own."""
+    made = [fp8_tiles.blocks(w, scales).view(E, -1, w.shape[-1]) for w in weights]
+    return made[0] if len(made) == 1 else torch.cat(made, 1)
+
+
+def _restored(kind: type, codes: Tensor, row_scales: Tensor, scales: Scales) -> Tensor:
+    kept = E5M6(codes, row_scales) if kind is E5M6 else Quantised("fp8", codes, row_scales, ROW_TILE)
+    return fp8_tiles.restored(kept, fp8_tiles.operand_dtype(scales))
+
+
+def _all(x_MK: Tensor) -> Tensor:
+    """The counts of one matrix that takes every row."""
+    return torch.tensor([len(x_MK)], device=x_MK.device)
+
+
+@torch.no_grad()
+def _row_tiles(x_MK: Tensor, scales: Scales) -> tuple[Tensor, Quantised]:
+    """Made once, and kept once, where several leaves read the same tensor: they lie with it as long as it lives."""
+    if x_MK.is_inference():
+        return fp8_tiles.rows(x_MK, scales)
+    version, made = getattr(x_MK, REMEMBERED, (None, None))
+    if made is None or version != x_MK._version:
+        made = fp8_tiles.rows(x_MK, scales)
+        setattr(x_MK, REMEMBERED, (x_MK._version, made))
+    return made
+
+
+class Fp8Linear(Linear):
+    def __init__(self, leaf: Linear, scales: Scales, kept: str):
+        nn.Module.__init__(self)
+        self.weight, self.bias = leaf.weight, leaf.bias
+        self.scales: Scales = scales
+        self.kept = kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        operand, kept = _row_tiles(x, self.scales)
+        if self.kept == "e5m6":
+            kept = fp8_tiles.e5m6(x.detach())
+        y = _Product.apply(x, _all(x), operand, kept, self.scales, self.weight)
+        return y if self.bias is None else y + self.bias  # type: ignore[return-value]
+
+
+class Fp8SwiGLU(SwiGLU):
+    def __init__(self, leaf: SwiGLU, scales: Scales):
+        nn.Module.__init__(self)
+        self.gate, self.up, self.down = leaf.gate, leaf.up, leaf.down
+        self.scales: Scales = scales
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        counts, tiles = _all(x_TD), _row_tiles(x_TD, self.scales)
+        gate_up = _Product.apply(x_TD, counts, *tiles, self.scales, self.gate.weight, self.up.weight)
+        return _SwiGLUDown.apply(gate_up, counts, self.scales, self.down.weight[None])  # type: ignore[return-value]
+
+
+class Fp8Experts(Experts):
+    def __init__(self, leaf: Experts, scales: Scales):
+        nn.Module.__init__(self)
+        self.gate_up, self.down = leaf.gate_up, leaf.down
+        self.scales: Scales = scales
+
+    def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+        gates_and_ups = self.gate_up.unflatten(1, (2, -1))  # each has blocks of its own, as checkpoints have them
+        gate_up = _Product.apply(x_MD, counts_E, *_row_tiles(x_MD, self.scales), self.scales, gates_and_ups)
+        return _SwiGLUDown.apply(gate_up, counts_E, self.scales, self.down)  # type: ignore[return-value]
+
+
+def swap(model: Transformer, scales: Scales = "ue8m0") -> Transformer:
+    """Put 8-bit leaves over the parameters of those that policy.py has in fp8, in place."""
+    for name, module in list(model.named_modules()):
+        holder, child = _place(model, name)
+        if not isinstance(holder, SwiGLU) and (leaf := _leaf(name, module, scales)):
+            setattr(holder, child, leaf)
+    return model
+
+
+def restore(model: Transformer) -> Transformer:
+    """Take them out again: the model computes in its dtype, as it will wherever its checkpoint is opened."""
+    for name, module in list(model.named_modules()):
+        plain = next((kind for kind in (Linear, SwiGLU, Experts) if type(module).__base__ is kind), None)
+        if plain:
+            leaf = plain.__new__(plain)
+            leaf.__dict__.update(module.__dict__)
+            setattr(*_place(model, name), leaf)
+    return model
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Who holds the module of this name, and under which attribute."""
+    parent, _, child = name.rpartition(".")
+    return model.get_submodule(parent), child
+
+
+def _leaf(name: str, module: nn.Module, scales: Scales) -> nn.Module | None:
+    if isinstance(module, Experts):
+        return Fp8Experts(module, scales)
+    if isinstance(module, SwiGLU):
+        return Fp8SwiGLU(module, scales)
+    if isinstance(module, Linear) and (row := policy.of(f"{name}.weight")).precision == "fp8":
+        return Fp8Linear(module, scales, row.kept)
+    return None
