@@ -2,7 +2,7 @@
 
     weights      2 a number in bf16 (norms, router and biases stay fp32)        4 throughout in fp32
     masters      4 a number beside bf16 weights                                 none: fp32 weights are their own
-    moments      AdamW 2 × 4; Muon 4 on the matrices it moves, AdamW's 8 on embedding, head and vectors
+    moments      AdamW 2 × 4; Muon 4 on the matrices it moves, AdamW's 8 on embedding, head and vectors; half in bf16
     gradients    as wide as the weights they belong to, and an fp32 sum of them where batches are accumulated
     activations  what autograd keeps of a token between forward and backward, layer by layer
     logits       one chunk of fp32 logits and its gradient; they never stand whole
@@ -11,10 +11,13 @@
 
 Activations are counted from the equations of each layer (V2 section 2.1, DeepSeekMoE section 3): the inputs of every
 product, norm and SwiGLU, and what fused attention saves; plain attention in fp32 also keeps T scores a head and token,
-which is not counted. With recomputation only each layer's input stays, and one layer at
-a time is rebuilt. `LIBRARIES` and `OVERHEAD` are measured, not derived: resident memory grows over the first 30 steps
-or so, and ended 15% above to 11% below what is foretold for 9M parameters (mixture, bf16 and fp32) and 107.5M (bf16)
-with 4,096 tokens. Fewer tokens need fewer kernels, and then too much is foretold. Left out: the interpreter.
+which is not counted. With recomputation only each layer's input stays, and one layer at a time is rebuilt. In fp8
+(precision/policy.py) the inputs of a block's products are kept in 8 bits, that of attention's out projection in 12,
+SwiGLU's two inputs in 8 and its output not at all; what norms, router and attention keep stays as it is.
+
+`LIBRARIES` and `OVERHEAD` are measured, not derived: resident memory grows over the first 30 steps or so, and ended 15%
+above to 11% below what is foretold for 9M parameters (mixture, bf16 and fp32) and 107.5M (bf16) with 4,096 tokens.
+Fewer tokens need fewer kernels, and then too much is foretold. Left out: the interpreter.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +30,8 @@ from shoal.model.counts import count_parameters
 OVERHEAD = 1.15  # on everything counted: fragmentation, temporaries of one operation
 LIBRARIES = 768 << 20  # of oneDNN's kernels, once its cache is full
 LOGITS_CHUNK = 1024  # tokens whose logits stand at once
+SCALED = 1 + 1 / 128  # bytes of a number in 8 bits with its share of a tile's one-byte scale
+SCALED_FP32 = 1 + 4 / 128
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Step:
     tokens: int
     optimizer: Literal["adamw", "muon"] = "adamw"
     dtype: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["plain", "fp8"] = "plain"
+    scales: Literal["ue8m0", "fp32"] = "ue8m0"  # of fp8
+    moments: Literal["bf16", "fp32"] = "fp32"
     accumulates: bool = False
     recompute: bool = False
     logits_chunk: int = LOGITS_CHUNK
@@ -100,7 +108,7 @@ def of_training(config: ModelConfig, step: Step) -> Bytes:
     return Bytes(
         weights=matrices * step.width + n.vectors * 4,
         masters=matrices * 4 if mixed else 0,
-        moments=8 * n.total - (4 * n.hidden if step.optimizer == "muon" else 0),
+        moments=(2 if step.moments == "bf16" else 4) * (2 * n.total - n.hidden * (step.optimizer == "muon")),
         gradients=matrices * (step.width + 4 * step.accumulates) + n.vectors * 4 * (1 + step.accumulates),
         activations=step.tokens * activation_bytes(config, step),
         logits=2 * 4 * min(step.logits_chunk, step.tokens) * config.vocab_size,
@@ -121,11 +129,21 @@ def library_bytes(config: ModelConfig, step: Step) -> int:
 def activation_bytes(config: ModelConfig, step: Step) -> int:
     """What a token leaves behind for backward."""
     d, w = config.dim, step.width
-    layers = [saved(config, i) for i in range(config.n_layers)]
-    modules = config.n_mtp * [saved(config, config.n_layers) + 6 * d]  # embedding, two norms, their pair, final norm
+    layers = [layer_bytes(config, i, step) for i in range(config.n_layers)]
+    outside = 6 * d * w  # a module's embedding, two norms, their pair, final norm
+    modules = config.n_mtp * [layer_bytes(config, config.n_layers, step) + outside]
     if step.recompute:
-        return w * (len(layers) * d + max(layers + modules) + config.n_mtp * 7 * d + 2 * d)
-    return w * (sum(layers) + sum(modules) + 2 * d)
+        return w * len(layers) * d + max(layers + modules) + w * (config.n_mtp * 7 * d + 2 * d)
+    return sum(layers) + sum(modules) + w * 2 * d
+
+
+def layer_bytes(config: ModelConfig, layer: int, step: Step) -> int:
+    """What one layer keeps of a token."""
+    if step.precision == "plain":
+        return step.width * saved(config, layer)
+    eight, twelve = saved_in_few_bits(config, layer)
+    scaled = SCALED if step.scales == "ue8m0" else SCALED_FP32
+    return round(2 * saved_beside(config, layer) + scaled * eight + (0.5 + SCALED) * twelve)
 
 
 def saved(config: ModelConfig, layer: int) -> int:
@@ -143,6 +161,32 @@ def saved(config: ModelConfig, layer: int) -> int:
         router = 2 * d + 4 * m.n_routed_experts  # fp32, so twice as wide: its input, its scores twice
         feed_forward = rows + 3 * m.n_shared_experts * m.moe_dim + router
     return attention + feed_forward + 4 * d
+
+
+def saved_in_few_bits(config: ModelConfig, layer: int) -> tuple[int, int]:
+    """Numbers that a layer in fp8 keeps in 8 and in 12 bits: what its products read, SwiGLU's inputs."""
+    a, m, d = config.attention, config.moe, config.dim
+    if isinstance(a, MLAConfig):
+        attention, heads = d + (a.q_lora_rank or 0) + a.kv_lora_rank, a.n_heads * a.v_head_dim
+    else:
+        attention, heads = d, a.n_heads * a.head_dim
+    if m is None or not config.is_moe(layer):
+        return attention + d + 2 * config.hidden_dim, heads
+    shared = d + 2 * m.n_shared_experts * m.moe_dim if m.n_shared_experts else 0
+    return attention + m.n_activated * (d + 2 * m.moe_dim) + shared, heads
+
+
+def saved_beside(config: ModelConfig, layer: int) -> int:
+    """Numbers of two bytes that a layer in fp8 keeps for norms, attention, router and the weights of its rows."""
+    a, m, d = config.attention, config.moe, config.dim
+    if isinstance(a, MLAConfig):
+        heads = 2 * a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+        attention = heads + (a.q_lora_rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim
+    else:
+        attention = 2 * a.head_dim * (a.n_heads + a.n_kv_heads)
+    routed = m is not None and config.is_moe(layer)
+    rows = m.n_activated * d + 2 * d + 4 * m.n_routed_experts if m and routed else 0
+    return attention + 2 * d + rows
 
 
 def check(config: ModelConfig, step: Step, memory_bytes: int) -> Bytes:

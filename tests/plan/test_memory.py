@@ -80,8 +80,9 @@ def test_the_advice_fits_and_no_more_would(recompute):
         memory.check(config, replace(step, tokens=tokens + 64), limit)
 
 
+@pytest.mark.parametrize("precision", ["plain", "fp8"])
 @pytest.mark.parametrize("config", [TINY, replace(TINY, n_mtp=0), DENSE], ids=["v3", "no mtp", "dense"])
-def test_activations_are_those_autograd_keeps(config):
+def test_activations_are_those_autograd_keeps(config, precision):
     """Every tensor that bf16 training saves for backward, each storage once, against the count; fused kernels only."""
     torch = pytest.importorskip("torch")
     from torch.autograd.graph import saved_tensors_hooks
@@ -89,11 +90,14 @@ def test_activations_are_those_autograd_keeps(config):
     from shoal.model.attend import Packed
     from shoal.model.transformer import Transformer
     from shoal.ops import cpu
+    from shoal.precision import fp8
 
     if not cpu.status().startswith("native"):
         pytest.skip("the reference's fp32 temporaries are kept here, no fused kernels")
     T = 256
     model = Transformer(config).init_weights(0).set_dtype(torch.bfloat16)
+    if precision == "fp8":
+        fp8.swap(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -107,7 +111,29 @@ def test_activations_are_those_autograd_keeps(config):
         for module in model.mtp:
             h, _ = module(h, embedded, torch.arange(T), Packed([T]))
     measured = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
-    assert memory.of_training(config, Step(T)).activations == pytest.approx(measured, rel=0.1)
+    assert memory.of_training(config, Step(T, precision=precision)).activations == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("moments", ["bf16", "fp32"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_in_fp8_holds_the_tensors_that_were_counted(optimizer, moments):
+    pytest.importorskip("torch")
+    from shoal.train.config import BatchConfig, Fp8Config, OptimConfig, PretrainConfig
+    from shoal.train.step import TrainState, backward
+    from tests.train.batches import batch_of
+
+    config = PretrainConfig(
+        PRESETS["tiny"], batch=BatchConfig(32, 2), optim=OptimConfig(optimizer), steps=9, precision="fp8",
+        fp8=Fp8Config(moments=moments),
+    )  # fmt: skip
+    state = TrainState(config, "cpu")
+    backward(state, batch_of([64]), 64, 64)
+    slots = state.optimizer.slots
+    plan = memory.of_training(config.model, Step(64, optimizer, precision="fp8", moments=moments))
+    assert plan.weights == sum(s.weight.nbytes for s in slots)
+    assert plan.masters == sum(s.master.nbytes for s in slots if s.master.dtype != s.weight.dtype)
+    assert plan.moments == sum(m.nbytes for s in slots for m in (s.first, s.second) if m is not None)
+    assert plan.gradients == sum(s.weight.grad.nbytes for s in slots if s.weight.grad is not None)
 
 
 def test_accumulated_gradients_stand_beside_those_of_a_batch():
