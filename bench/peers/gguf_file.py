@@ -3,7 +3,7 @@
 Most tensors lie there as ours do, experts stacked and gate and up in one (apart, llama.cpp decodes 3% slower).
 The up-projection of the latent is split by head into keys, transposed so that they can be absorbed into the query, and
 values; attention then is of one key-value head as wide as the latent. Matrices are written in the model's dtype, norms
-and routers in fp32, as llama.cpp's own converter does.
+and routers in fp32, as llama.cpp's own converter does; or matrices in q8_0, or in q4_0 but for the head in q8_0.
 
 The tokenizer's pieces and merges go along; llama.cpp knows only the patterns of published models to split text by, so
 prompts have to be given as ids.
@@ -42,23 +42,31 @@ LAYER = {
 }
 
 
-def write(model: Transformer, tokenizer: Tokenizer, path: Path) -> None:
+def write(model: Transformer, tokenizer: Tokenizer, path: Path, form: str | None = None) -> None:
     """Tensor by tensor, so that nothing stands in memory twice."""
     import gguf
 
-    kinds = {torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float32: gguf.GGMLQuantizationType.F32}
     writer = gguf.GGUFWriter(path, "deepseek2")
     describe(writer, model)
     add_tokenizer(writer, tokenizer)
     found = list(tensors(model))
-    for name, x in found:
-        writer.add_tensor_info(name, x.shape, as_numpy(x[:0]).dtype, x.nbytes, kinds[x.dtype])
+    kinds = [gguf.GGMLQuantizationType[kind(name, x, form)] for name, x in found]
+    for (name, x), k in zip(found, kinds):
+        numbers, n_bytes = gguf.GGML_QUANT_SIZES[k]
+        writer.add_tensor_info(name, x.shape, as_numpy(x[:0]).dtype, x.numel() // numbers * n_bytes, k)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, x in found:
-        writer.write_tensor_data(as_numpy(x.contiguous()))
+    for (_, x), k in zip(found, kinds):
+        few = gguf.GGML_QUANT_SIZES[k][0] > 1
+        writer.write_tensor_data(gguf.quantize(x.float().numpy(), k) if few else as_numpy(x.contiguous()))
     writer.close()
+
+
+def kind(name: str, x: Tensor, form: str | None) -> str:
+    if x.dtype == torch.float32 or not form:
+        return {torch.bfloat16: "BF16", torch.float32: "F32"}[x.dtype]
+    return "Q8_0" if name == "output.weight" else form.upper()
 
 
 def describe(writer, model: Transformer) -> None:

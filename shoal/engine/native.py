@@ -31,26 +31,38 @@ from shoal.model.moe import Experts, Local, MoE, Router
 from shoal.model.mtp import MTP
 from shoal.model.rope import angles
 from shoal.model.transformer import Transformer
-from shoal.ops import cpu
+from shoal.ops import cpu, program
 from shoal.ops.program import Draws, Matrices, Program, Routing, Rows
+from shoal.ops.quant import Quantised
+from shoal.precision.weights import QuantisedExperts, QuantisedLinear
 
 MOST = 512  # rows in a call; more are cut
 LOGITS_BYTES = 2**25  # of the rows drawn from in a call
 ITS_OWN = {Transformer, Block, MTP, LatentAttention, GroupedAttention, MoE, SwiGLU, nn.ModuleList}
-ITS_OWN |= {Embedding, Linear, RMSNorm, Experts, Router}
+ITS_OWN |= {Embedding, Linear, RMSNorm, Experts, Router, QuantisedLinear, QuantisedExperts}
 HEAD_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim")
 
 
 def takes(model: Transformer) -> bool:
-    """Whether the model runs as a program here: native kernels, no part of it replaced from outside, matrices in bf16
-    with norms and routers in fp32 (as `set_dtype` leaves them), sizes that the kernels take."""
+    """Whether the model runs as a program here: native kernels, no part of it replaced from outside but by weights in
+    few bits, matrices in bf16 with norms and routers in fp32 (as `set_dtype` leaves them), sizes that the kernels take.
+    """
     modules, a = list(model.modules()), model.config.attention
+    few = [q for m in modules for q in in_few_bits(m)]
+    absorbed = all(isinstance(m.kv_up, Linear) for m in modules if isinstance(m, LatentAttention))
     own = all(type(m) in ITS_OWN and isinstance(getattr(m, "dispatcher", None), Local | None) for m in modules)
     high = {id(p) for m in modules if isinstance(m, RMSNorm | Router) for p in m.parameters()}
     typed = all(p.dtype is (torch.float32 if id(p) in high else torch.bfloat16) for p in model.parameters())
     sizes = [size for p in model.parameters() if id(p) not in high and p.dim() > 1 for size in p.shape[-2:]]
     heads = [getattr(a, name, 16) for name in HEAD_SIZES]
-    return own and typed and cpu.takes(model.embed.weight, *sizes, *heads)
+    return own and absorbed and typed and all(map(program.takes, few)) and cpu.takes(model.embed.weight, *sizes, *heads)
+
+
+def in_few_bits(module: nn.Module) -> Sequence[Quantised]:
+    """A leaf's own matrices."""
+    if isinstance(module, QuantisedLinear):
+        return (module.weight,)
+    return (*module.gate, *module.up, *module.down) if isinstance(module, QuantisedExperts) else ()
 
 
 class Native(Runner):
@@ -289,6 +301,15 @@ def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TK: Tensor | No
     p.route(h, moe.router.weight, moe.router.bias, r, chosen_TK, beside=shared is not None)
     if moe.shared and shared is not None:
         shared = p.linear(shared, moe.shared.down.weight, "shared")
-    experts = Matrices.stacked(moe.experts.gate_up, moe.experts.down)
+    experts = experts_of(moe.experts)
     gated = p.experts_gated(h, experts, c.n_activated, "gated")
     p.weigh(p.experts_down(gated, experts, c.n_activated, "chosen"), shared, c.n_activated, onto=x)
+
+
+def experts_of(module: Experts | QuantisedExperts) -> Matrices:
+    if isinstance(module, Experts):
+        return Matrices.stacked(module.gate_up, module.down)
+    made = Matrices(len(module), *module.down[0].shape)
+    for e, matrices in enumerate(zip(module.gate, module.up, module.down, strict=True)):
+        made.place(e, *matrices)
+    return made

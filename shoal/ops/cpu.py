@@ -30,7 +30,7 @@ from shoal.runtime import cache_root, cpu_flags
 SOURCES = Path(__file__).with_name("native")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2**21, 14, 25
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
 
 @cache

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.ops import cpu, reference
+from shoal.ops import cpu, program, quant, reference
+from shoal.ops.quant import Quantised
 from shoal.ops.reference import AdamW, Places, rotate_halves, rotate_pairs, sort_by_expert, suffix_attention
 
 __all__ = ["AdamW", "Places", "rotate_halves", "rotate_pairs", "sort_by_expert", "suffix_attention"]
@@ -46,6 +47,14 @@ def weigh_rows(y_MD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
     if weights_TK.dtype is torch.float32 and cpu.takes(y_MD, y_MD.shape[1]):
         return cpu.WeighRows.apply(y_MD, weights_TK, places.place_TK)  # type: ignore[return-value]
     return reference.weigh_rows(y_MD, weights_TK, places)
+
+
+def quantised_linear(x_MK: Tensor, weight: Quantised) -> Tensor:
+    """x Wᵀ [M, N] of weights in few bits, in x's dtype. No gradient reaches the weights."""
+    learns = x_MK.requires_grad and torch.is_grad_enabled()
+    if x_MK.dim() == 2 and x_MK.stride(1) == 1 and not learns and cpu.takes(x_MK) and program.takes(weight):
+        return program.linear(x_MK, weight)
+    return quant.linear(x_MK, weight)
 
 
 def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:

@@ -25,7 +25,11 @@ import torch
 from torch import Tensor
 
 from shoal.ops import cpu
+from shoal.ops.quant import Form, Quantised
 
+Weight = Tensor | Quantised
+FORMS: list[Form] = ["fp8", "int8", "int4"]  # as in native/step.h, from 1 on
+PANELS = 24  # rows for which packing a panel pays: native/products.h
 FREE = 2**23  # bytes taken together for buffers
 
 
@@ -41,7 +45,10 @@ class Flag(IntFlag):
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("codes", c_void_p)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("codes", "scales", "least")),
+        *((name, c_int64) for name in ("form", "rows", "columns", "half")),
+    ]
 
 
 class _Instruction(ctypes.Structure):
@@ -86,7 +93,7 @@ class Matrices:
     def __init__(self, n_experts: int, dim: int, hidden: int):
         self.dim, self.hidden = dim, hidden
         self.table = (_Matrix * (3 * n_experts))()
-        self._held: list[tuple[Tensor, ...]] = [()] * n_experts
+        self._held: list[tuple[Weight, ...]] = [()] * n_experts
 
     @classmethod
     def stacked(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> "Matrices":
@@ -96,21 +103,55 @@ class Matrices:
             made.place(e, gate_up_E2FD[e, :F], gate_up_E2FD[e, F:], down_EDF[e])
         return made
 
-    def place(self, e: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        """They are read where they lie until another takes their place."""
+    def place(self, e: int, gate: Weight, up: Weight, down: Weight) -> None:
+        """They are read where they lie until others take their place."""
         wide, narrow = (self.hidden, self.dim), (self.dim, self.hidden)
         assert (gate.shape, up.shape, down.shape) == (wide, wide, narrow), (e, gate.shape, up.shape, down.shape)
         self._held[e] = (gate, up, down)
-        self.table[3 * e : 3 * e + 3] = [_matrix(weight) for weight in self._held[e]]
+        self.table[3 * e : 3 * e + 3] = [*_alike(gate, up), _matrix(down)]
 
     def clear(self, e: int) -> None:
         self._held[e] = ()
         self.table[3 * e : 3 * e + 3] = [_Matrix()] * 3
 
 
-def _matrix(weight_NK: Tensor) -> _Matrix:
-    assert weight_NK.is_contiguous()
-    return _Matrix(codes=weight_NK.data_ptr())
+def _matrix(weight_NK: Weight) -> _Matrix:
+    if isinstance(weight_NK, Tensor):
+        assert weight_NK.is_contiguous()
+        return _Matrix(codes=weight_NK.data_ptr())
+    q = weight_NK
+    assert takes(q), (q.form, q.shape, q.block)
+    least = None if q.least is None else q.least.data_ptr()
+    form, half = 1 + FORMS.index(q.form), int(q.scales.dtype is torch.float16)
+    return _Matrix(q.codes.data_ptr(), q.scales.data_ptr(), least, form, *q.block, half)
+
+
+def linear(x_MK: Tensor, weight_NK: Quantised) -> Tensor:
+    """x Wᵀ [M, N] of bf16 rows, by a program of one instruction. Fewer than `PANELS` rows don't change each other."""
+    M, p = len(x_MK), Program(len(x_MK))
+    y = x_MK.new_empty(M, weight_NK.shape[0])
+    if M:
+        p.linear(x_MK, weight_NK, y)
+        p.run(Rows([0] * M, chunks=[M] if M >= PANELS else ()))
+    return y
+
+
+def _alike(*weights_NK: Weight) -> list[_Matrix]:
+    """Of one form and group: they share what is made of x."""
+    made = [_matrix(weight) for weight in weights_NK]
+    assert len({(m.form, m.columns) for m in made}) == 1, weights_NK
+    return made
+
+
+def takes(q: Quantised) -> bool:
+    """Whether products read this matrix as it is: sizes that are multiples of 16, blocks of whole lines of codes."""
+    (N, K), (rows, columns) = q.shape, q.block
+    parts = [q.codes, q.scales] + ([] if q.least is None else [q.least])
+    fits = all(x.is_contiguous() and x.device.type == "cpu" for x in parts) and N % 16 == K % 16 == 0
+    if q.form == "fp8":
+        return fits and rows % 16 == columns % 64 == 0 and q.scales.dtype is torch.float32
+    narrow = {x.dtype for x in parts[1:]} in ({torch.bfloat16}, {torch.float16})
+    return fits and narrow and rows == 1 and columns in (32, 64, 128, K)
 
 
 class Mixture(NamedTuple):
@@ -199,7 +240,7 @@ class Program:
     def linear(
         self,
         x: Tensor,
-        weight_NK: Tensor,
+        weight_NK: Weight,
         to: str | Tensor,
         bias: Tensor | None = None,
         add: bool = False,
@@ -209,19 +250,18 @@ class Program:
         N, K = weight_NK.shape
         y = self._to(to, N)
         flags = (Flag.WIDE if y.dtype is torch.float32 else 0) | (Flag.ADD if add else 0)
-        return self._add(
-            Kind.LINEAR, beside, x=x, matrices=self._matrices(weight_NK), bias=bias, y=y, N=N, K=K, flags=flags
-        )
+        matrices = self._matrices(weight_NK)
+        return self._add(Kind.LINEAR, beside, x=x, matrices=matrices, bias=bias, y=y, N=N, K=K, flags=flags)
 
-    def gated(self, x: Tensor, gate_NK: Tensor, up_NK: Tensor, to: str, beside: bool = False) -> Tensor:
+    def gated(self, x: Tensor, gate_NK: Weight, up_NK: Weight, to: str, beside: bool = False) -> Tensor:
         """silu(x gateᵀ) · x upᵀ"""
         N, K = gate_NK.shape
         both = self._matrices(gate_NK, up_NK)
         return self._add(Kind.GATED, beside, x=x, matrices=both, y=self.rows(to, N), N=N, K=K, stacked=2)
 
-    def _matrices(self, *weights_NK: Tensor) -> ctypes.Array[_Matrix]:
+    def _matrices(self, *weights_NK: Weight) -> ctypes.Array[_Matrix]:
         self._held += weights_NK
-        return (_Matrix * len(weights_NK))(*map(_matrix, weights_NK))
+        return (_Matrix * len(weights_NK))(*_alike(*weights_NK))
 
     def keep_latent(self, x: Tensor, norm_C: Tensor, eps: float, latent_PUW: Tensor, beside: bool = False) -> None:
         """Into the cache: the first C of x normed, the R others turned (in neighbouring pairs)."""

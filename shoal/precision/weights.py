@@ -20,7 +20,6 @@ from shoal.model.layers import Linear
 from shoal.model.moe import Experts
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
-from shoal.ops import quant
 from shoal.ops.quant import Quantised
 
 ABSORBED = "attn.kv_up"
@@ -34,7 +33,7 @@ class QuantisedLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quant.linear(x, self.weight)
+        y = ops.quantised_linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -51,7 +50,7 @@ class QuantisedExperts(nn.Module):
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         rows = zip(x_MD.split(counts_E.tolist()), self.gate, self.up, self.down, strict=True)
         made = [
-            quant.linear(ops.swiglu(quant.linear(x, gate), quant.linear(x, up)), down)
+            ops.quantised_linear(ops.swiglu(ops.quantised_linear(x, gate), ops.quantised_linear(x, up)), down)
             for x, gate, up, down in rows
             if len(x)
         ]

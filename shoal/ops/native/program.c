@@ -243,8 +243,9 @@ typedef struct {
 /* Ask for the weights that this thread's first task of an instruction probably needs. */
 static void warm(const Instruction *c, i64 task) {
     if ((KINDS[c->kind] != linear && KINDS[c->kind] != gated) || (task + 1) * BLOCK > c->N) return;
-    const char *w = (const char *)c->matrices->codes + task * BLOCK * c->K * sizeof(bf16);
-    for (i64 b = 0; b < BLOCK * c->K * (i64)sizeof(bf16); b += 64) _mm_prefetch(w + b, _MM_HINT_T1);
+    i64 bytes = BLOCK * row_bytes(c->matrices->form, c->K);
+    const char *w = (const char *)c->matrices->codes + task * bytes;
+    for (i64 b = 0; b < bytes; b += 64) _mm_prefetch(w + b, _MM_HINT_T1);
 }
 
 /* All threads come here before any goes on. Spins, since it is mostly a matter of a microsecond. */
@@ -261,7 +262,7 @@ static void meet(_Atomic i64 *arrived, i64 threads) {
 static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) {
     i64 bytes = TOGETHER * longest * sizeof(float);
     for (const Instruction *c = code; s->chunks && c < code + n; c++) {
-        i64 panel = c->K * PANEL * sizeof(bf16);
+        i64 panel = c->K * (PANEL + BLOCK) * sizeof(bf16);
         bytes = panel > bytes ? panel : bytes;
         int latent = KINDS[c->kind] == attend_latent;
         i64 K = latent ? c->N + c->R : c->K, V = latent ? c->V : c->K;
@@ -272,22 +273,41 @@ static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) 
     return bytes;
 }
 
+/* Of an instruction's x: those of the step, or of its experts. */
+static i64 rows_of_x(const Instruction *c, const Step *s) { return KINDS[c->kind] == experts_down ? s->T * c->A : s->T; }
+
+/* Bytes that a product's rows of x need on a thread, as codes meet them; `rows` becomes the most of them. */
+static i64 room_for_arranged(const Instruction *code, i64 n, const Step *s, i64 *rows) {
+    i64 most = *rows = 0;
+    for (const Instruction *c = code; c < code + n; c++) {
+        if (!c->matrices) continue;
+        i64 these = rows_of_x(c, s), bytes = these * arranged_bytes(c->K);
+        most = bytes > most ? bytes : most;
+        *rows = these > *rows ? these : *rows;
+    }
+    return most;
+}
+
 /* Run the instructions. Returns 1 where there is no memory for attention, 2 where an expert isn't in memory. */
 int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
     i64 longest = 0;
     for (i64 row = 0; step->position_T && row < step->T; row++)
         longest = step->position_T[row] >= longest ? step->position_T[row] + 1 : longest;
     longest = ceil_div(longest, UNIT) * UNIT;
-    i64 bytes = room_for(code, n, step, longest);
+    i64 rows, in_arranged = room_for_arranged(code, n, step, &rows);
+    i64 bytes = up(room_for(code, n, step, longest), 64), each = up(rows, 8);
     Counter *counters = calloc(n, sizeof(Counter));
-    char *room = malloc(threads * bytes);
+    const Instruction **whose = calloc(threads * each + 1, sizeof(*whose));
+    char *room = aligned_alloc(64, threads * (bytes + in_arranged) + 64);
     _Atomic i64 arrived = 0;
     step->absent = 0;
-    if (!counters || (bytes && !room)) return free(counters), free(room), 1;
+    if (!counters || !whose || !room) return free(counters), free(whose), free(room), 1;
 #pragma omp parallel num_threads(threads)
     {
         i64 team = omp_get_num_threads();
-        Worker worker = {code, step, longest, room + omp_get_thread_num() * bytes};
+        i64 me = omp_get_thread_num();
+        char *mine = room + me * (bytes + in_arranged);
+        Worker worker = {code, step, longest, mine, mine + bytes, whose + me * each};
         for (i64 i = 0; i < n; i++, worker.code++) {
             i64 count = tasks(worker.code, step), task;
             while ((task = atomic_fetch_add_explicit(&counters[i].next, 1, memory_order_relaxed)) < count)
@@ -299,6 +319,7 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
         }
     }
     free(counters);
+    free(whose);
     free(room);
     return step->absent ? 2 : 0;
 }

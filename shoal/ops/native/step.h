@@ -3,8 +3,11 @@
 #include "tiles.h"
 #include <stdatomic.h>
 
-typedef struct { /* [outputs, K] where it lies now, or NULL where it isn't in memory; the same in ops/program.py */
-    const void *codes;
+enum { PLAIN, FP8, INT8, INT4 }; /* how numbers are written; PLAIN is bf16 */
+
+typedef struct { /* [outputs, K] where it lies now, codes NULL where it isn't in memory; the same in ops/program.py */
+    const void *codes, *scales, *least; /* ops/quant.py; least may be NULL */
+    i64 form, rows, columns, half;      /* of a block with one scale; half: integers' scales are fp16 and not bf16 */
 } Matrix;
 
 typedef struct { /* the same in ops/program.py */
@@ -47,8 +50,10 @@ typedef struct { /* a buffer with a row for each of the step's, of which every s
 typedef struct {
     const Instruction *code;
     Step *step;
-    i64 longest; /* tokens that any row sees */
-    char *room;  /* this thread's own, for panels and attention */
+    i64 longest;     /* tokens that any row sees */
+    char *room;      /* this thread's own, for panels and attention */
+    char *arranged;  /* and for rows of x as codes meet them (quantised.h), */
+    const Instruction **whose; /* made for these instructions */
 } Worker;
 
 INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
