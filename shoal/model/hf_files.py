@@ -112,19 +112,23 @@ class TensorFolder:
             return torch.empty(e.shape, dtype=e.dtype)
         return torch.frombuffer(buffer, dtype=e.dtype).view(e.shape)
 
-    def mapped(self, name: str) -> Tensor:
-        """The tensor where it lies in its file, never to be written to; a copy where its dtype needs another address."""
+    def mapped(self, name: str, raw: bool = False) -> Tensor:
+        """The tensor where it lies in its file, or its `raw` bytes (uint8, by rows); never to be written to.
+
+        A copy where its dtype needs another address.
+        """
         e = self.entries[name]
-        if e.start % e.dtype.itemsize or e.start == e.end:
+        if e.start == e.end:
             return self.read(name)
         if e.file not in self._maps:
             f = self._open(e.file)
             self._maps[e.file] = Mapped(f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            count = (e.end - e.start) // e.dtype.itemsize
-            flat = torch.frombuffer(self._maps[e.file].bytes, dtype=e.dtype, count=count, offset=e.start)
-        return flat.view(e.shape)
+            flat = torch.frombuffer(self._maps[e.file].bytes, dtype=torch.uint8, count=e.end - e.start, offset=e.start)
+        if raw:
+            return flat.view(*e.shape[:-1], -1)
+        return (flat.clone() if flat.data_ptr() % e.dtype.itemsize else flat).view(e.dtype).view(e.shape)
 
     def unchanged(self) -> None:
         """Raises ModelError where a mapped file is no longer what it was when its header was checked."""

@@ -118,9 +118,10 @@ class Stored:
         if piece.name in self.files.entries:
             assert isinstance(self.quantisation, BlockScaled)
             return Quantised("fp8", get(piece.name), get(piece.name + SCALE_INV).float(), self.quantisation.block)
-        K, codes, scales = piece.shape[1], get(piece.name + PACKED), get(piece.name + SCALE)
-        bits = codes.shape[1] * WORD_BITS // K
-        return Quantised(INTEGERS[bits], codes.view(torch.uint8), scales, (1, K // scales.shape[1]))
+        packed, scales = piece.name + PACKED, get(piece.name + SCALE)
+        codes = self.files.mapped(packed, raw=True) if mapped else self.files.read(packed).view(torch.uint8)
+        K = piece.shape[1]
+        return Quantised(INTEGERS[8 * codes.shape[1] // K], codes, scales, (1, K // scales.shape[1]))
 
     def copy(self, piece: Piece, place: Tensor) -> None:
         """place = the piece, dequantised where it is in few bits."""

@@ -85,7 +85,7 @@ def leaves(model: Transformer, stored: Stored) -> dict[str, list[Piece]]:
     return {name: pieces for name, pieces in found.items() if all(map(stored.in_few_bits, pieces))}
 
 
-def replace_leaf(model: Transformer, name: str, matrices: Sequence[Quantised]) -> None:
+def replace_leaf(model: nn.Module, name: str, matrices: Sequence[Quantised]) -> None:
     """Put a leaf in few bits where `name` is; its bias, if it has one, stays a parameter of the model."""
     above, _, last = name.rpartition(".")
     old = model.get_submodule(name)
