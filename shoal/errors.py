@@ -40,6 +40,12 @@ class ResourceError(ShoalError):
     exit_code = 3
 
 
+class StorageError(ShoalError):
+    """A file that can't be read any more, or that changed, while the model in it is in use."""
+
+    exit_code = 3
+
+
 class TrainingError(ShoalError):
     """Training cannot go on: the loss stayed non-finite or spiked too many times in a row."""
 

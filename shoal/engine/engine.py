@@ -37,7 +37,7 @@ from shoal.engine.runner import RowByRow, Runner
 from shoal.engine.scheduler import Scheduler, Work
 from shoal.engine.speculate import Speculator
 from shoal.engine.stream import Stream
-from shoal.errors import RequestError, ResourceError
+from shoal.errors import RequestError, ResourceError, StorageError
 from shoal.model.transformer import Transformer
 from shoal.ops.dispatch import describe
 
@@ -53,6 +53,7 @@ FAULTS = 3  # in a row, before the engine rests
 LONGEST_REST = 60  # seconds
 
 FAILED = "the engine failed on this request; it has been logged"
+UNREAD = "a part of the model could not be read from the disk; it has been logged"
 DOWN = "the engine is down after a fault; the log says of what"
 NOT_FINITE = "the model gave numbers that are not finite"
 
@@ -278,10 +279,10 @@ class LocalEngine:
             with torch.inference_mode():
                 gains = self._compute(work)
             self._faults = self._faults + 1 if all(gain.error == NOT_FINITE for gain in gains) else 0
-        except Exception:
+        except Exception as e:
             self._faults += 1
             log.exception("a step of %d requests failed", len(work))
-            gains = [Gain(w.stream, (), FAILED) for w in work]
+            gains = [Gain(w.stream, (), UNREAD if isinstance(e, StorageError) else FAILED) for w in work]
         self._down = self._faults >= FAULTS  # before anybody is told
         for stream, tokens, error in gains:
             if error or stream.finish:

@@ -1,0 +1,124 @@
+"""A model folder opened in two parts: what meets every token is read into memory, routed experts stay on the disk.
+
+`examine` says what the parts weigh before anything is read, so that a budget can be divided; `load` then makes the
+model of it, its experts' leaves replaced by `OffloadedExperts` and its embedding by `StoredRows`. The multi-token
+module is left out: drafting would meet other experts, and wait for them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from shoal.engine.experts import Expert, Located, Store, slot_bytes
+from shoal.engine.offload import Offload, OffloadedExperts, StoredRows
+from shoal.errors import ModelError
+from shoal.model import hf
+from shoal.model.hf_files import AGAIN, Entry
+from shoal.model.hf_names import Piece
+from shoal.model.hf_stored import INTEGERS, PACKED, SCALE, SCALE_INV, WORD_BITS, Stored
+from shoal.model.moe import Experts, MoE
+from shoal.model.transformer import Transformer
+from shoal.ops.quant import FP8
+from shoal.precision.weights import leaves, replace_leaf
+
+
+class Parts(NamedTuple):
+    """A folder that was checked, and what its parts take in memory."""
+
+    model: Transformer  # without memory
+    stored: Stored
+    folder: Path
+    experts: list[Expert]  # mixture by mixture
+    near_bytes: int  # all but experts and embedding
+    embedding_bytes: int  # 0 where it is the head too, and counts there
+    slot_bytes: int  # of one expert
+
+
+def examine(folder: Path, dtype: torch.dtype) -> Parts:
+    """Raises ModelError, also for a model without experts: there is nothing to split."""
+    model, stored = hf.opened(folder, dtype)
+    if not any(isinstance(block.ffn, MoE) for block in model.layers):
+        raise ModelError(f"{folder} is a model without experts", "a mixture of experts", "leave --memory out")
+    model.mtp, model.config = nn.ModuleList(), replace(model.config, n_mtp=0)
+    experts = list(located_experts(model, stored, dtype))
+    embedding = 0 if model.config.tie_embeddings else model.embed.weight.nbytes
+    near = sum(near_bytes(model, stored)) - embedding
+    return Parts(model, stored, folder, experts, near, embedding, slot_bytes(experts))
+
+
+def near_bytes(model: Transformer, stored: Stored) -> Iterator[int]:
+    """Of every tensor that isn't an expert's, the embedding among them, in the form it has in memory."""
+    few = {piece.ours: piece for pieces in leaves(model, stored).values() for piece in pieces}
+    for name, t in model.state_dict().items():
+        if ".experts." not in name:
+            yield located(stored, few[name], t.dtype).nbytes if name in few else t.nbytes
+
+
+def located_experts(model: Transformer, stored: Stored, dtype: torch.dtype) -> Iterator[Expert]:
+    """Gate, up and down of each expert, layer by layer."""
+    found: dict[tuple[str, int], dict[str, Located]] = {}
+    for piece in hf.own_pieces(model):
+        if piece.expert is not None:
+            kind = piece.name.rpartition(".experts.")[2].split(".")[1]
+            layer = piece.ours.rpartition(".")[0]
+            found.setdefault((layer, piece.expert), {})[kind] = located(stored, piece, dtype)
+    for matrices in found.values():
+        yield matrices["gate_proj"], matrices["up_proj"], matrices["down_proj"]
+
+
+def located(stored: Stored, piece: Piece, dtype: torch.dtype) -> Located:
+    """Where a matrix lies, in few bits or in `dtype`."""
+    entries, N, K = stored.files.entries, piece.shape[0], piece.shape[1]
+    codes = entries.get(piece.name) or entries[piece.name + PACKED]
+    if codes.dtype == FP8:
+        block = tuple(stored.quantisation.block)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        return aligned(Located(codes, entries[piece.name + SCALE_INV], "fp8", block, (N, K)))
+    if piece.name not in entries:
+        scales = entries[piece.name + SCALE]
+        form = INTEGERS[codes.shape[1] * WORD_BITS // K]
+        return aligned(Located(codes, scales, form, (1, K // scales.shape[1]), (N, K)))
+    if codes.dtype != dtype:
+        raise ModelError(f"{piece.name} is {codes.dtype} on the disk", f"{dtype}, or few bits", "use another --dtype")
+    return aligned(Located(codes))
+
+
+def aligned(m: Located) -> Located:
+    for e in m.entries():
+        if e.start % e.dtype.itemsize:
+            raise ModelError(
+                f"{e.file}: a tensor begins at byte {e.start:,}", f"a multiple of {e.dtype.itemsize}", AGAIN
+            )
+    return m
+
+
+def load(parts: Parts, n_slots: int, direct: bool, device: torch.device | str = "cpu") -> tuple[Transformer, Offload]:
+    """The model, ready to run; the experts' slots are the last memory that is taken."""
+    model, stored = parts.model, parts.stored
+    config, dtype = model.config, model.embed.weight.dtype
+    for name, pieces in leaves(model, stored).items():
+        if not isinstance(model.get_submodule(name), Experts):
+            replace_leaf(model, name, [stored.quantised(piece, mapped=False) for piece in pieces])
+    assert config.moe
+    mixtures = [block.ffn for block in model.layers if isinstance(block.ffn, MoE)]
+    for mixture in mixtures:
+        mixture.experts = nn.Module()  # pyright: ignore[reportAttributeAccessIssue]
+    rows = StoredRows(parts.folder / entry.file, entry, dtype) if (entry := lookup(parts)) else None
+    if rows:
+        model.embed = rows  # pyright: ignore[reportAttributeAccessIssue]
+    hf.allocate(model, device)
+    hf.fill(model, stored)
+    store = Store(parts.folder, parts.experts, n_slots, direct)
+    offload = Offload(store, n_slots, config.moe.n_routed_experts)
+    for i, mixture in enumerate(mixtures):
+        mixture.experts = OffloadedExperts(offload, i)  # pyright: ignore[reportAttributeAccessIssue]
+    return model, offload
+
+
+def lookup(parts: Parts) -> Entry | None:
+    """The embedding in the files, where its rows can be looked up there."""
+    entry = parts.stored.files.entries.get("model.embed_tokens.weight")
+    return entry if entry and not parts.model.config.tie_embeddings else None
