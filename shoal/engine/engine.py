@@ -357,7 +357,7 @@ class LocalEngine:
         """Steps in one call of the native program: how many of each stream, and their hidden states where something
         drafts. None where another than the seed has a say in a draw, or numbers aren't finite."""
         runner = self._runner
-        if not isinstance(runner, native.Native) or len(work) > runner.most_drawn:
+        if not isinstance(runner, native.Native) or runner.segments or len(work) > runner.most_drawn:
             return [], [], []
         if any(w.draws != 1 or not w.stream.plain for w in work):
             return [], [], []

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from shoal.data.draws import MASK
 from shoal.engine.attend import FEW, Span
 from shoal.engine.cache import Cache
+from shoal.engine.offload import OffloadedExperts, StoredRows
 from shoal.engine.pages import UNIT
 from shoal.engine.request import Token
 from shoal.engine.runner import Runner, ends, spans_of
 from shoal.engine.scheduler import Work
+from shoal.engine.segments import Segments
 from shoal.model.block import Block
 from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.gqa import GroupedAttention
@@ -40,6 +42,7 @@ MOST = 512  # rows in a call; more are cut
 LOGITS_BYTES = 2**25  # of the rows drawn from in a call
 ITS_OWN = {Transformer, Block, MTP, LatentAttention, GroupedAttention, MoE, SwiGLU, nn.ModuleList}
 ITS_OWN |= {Embedding, Linear, RMSNorm, Experts, Router, QuantisedLinear, QuantisedExperts}
+ITS_OWN |= {StoredRows, OffloadedExperts}
 HEAD_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim")
 
 
@@ -53,7 +56,10 @@ def takes(model: Transformer) -> bool:
     own = all(type(m) in ITS_OWN and isinstance(getattr(m, "dispatcher", None), Local | None) for m in modules)
     high = {id(p) for m in modules if isinstance(m, RMSNorm | Router) for p in m.parameters()}
     typed = all(p.dtype is (torch.float32 if id(p) in high else torch.bfloat16) for p in model.parameters())
-    sizes = [size for p in model.parameters() if id(p) not in high and p.dim() > 1 for size in p.shape[-2:]]
+    far = [matrix for m in modules if isinstance(m, OffloadedExperts) for matrix in m.like()]
+    typed &= all(isinstance(matrix, Quantised) or matrix.dtype is torch.bfloat16 for matrix in far)
+    sizes = [size for matrix in far for size in matrix.shape]
+    sizes += [size for p in model.parameters() if id(p) not in high and p.dim() > 1 for size in p.shape[-2:]]
     heads = [getattr(a, name, 16) for name in HEAD_SIZES]
     return own and absorbed and typed and all(map(program.takes, few)) and cpu.takes(model.embed.weight, *sizes, *heads)
 
@@ -62,6 +68,8 @@ def in_few_bits(module: nn.Module) -> Sequence[Quantised]:
     """A leaf's own matrices."""
     if isinstance(module, QuantisedLinear):
         return (module.weight,)
+    if isinstance(module, OffloadedExperts):
+        return [matrix for matrix in module.like() if isinstance(matrix, Quantised)]
     return (*module.gate, *module.up, *module.down) if isinstance(module, QuantisedExperts) else ()
 
 
@@ -82,6 +90,8 @@ class Native(Runner):
         n_chosen = [block.ffn.router.config.n_activated for block in model.layers if isinstance(block.ffn, MoE)]
         self._chosen = torch.zeros(MOST, len(n_chosen), max(n_chosen, default=0), dtype=torch.int16)
         self._body, self._hidden, self._before_head, self._before_draw = self._write_body()
+        stored, far = isinstance(model.embed, StoredRows), any(type(m) is OffloadedExperts for m in model.modules())
+        self.segments = Segments(model, self._body, self._body.rows("x", model.config.dim), stored) if far else None
         self._head, self._drawn = self._write_head()
         self._drafter = self._write_module() if len(cache.layers) > model.config.n_layers else None
 
@@ -91,7 +101,7 @@ class Native(Runner):
         if n > self.most_drawn or n > sum(w.draws for w in work):
             return super().run(work, chosen)
         (rows,) = self._parts([t for w in work for t in w.tokens], spans_of(work))
-        self._body.run(rows, self._before_draw)
+        self._run_body(rows, self._before_draw)
         if chosen is not None:
             chosen.append(self._chosen[:n].clone())
         return self._hidden[:n].clone(), self._logits[:n].clone()
@@ -126,11 +136,17 @@ class Native(Runner):
     def body(self, tokens: Sequence[int], spans: Sequence[Span], chosen: list[Tensor] | None = None) -> Tensor:
         hidden = []
         for rows in self._parts(tokens, spans):
-            self._body.run(rows, self._before_head)
+            self._run_body(rows, self._before_head)
             hidden.append(self._hidden[: len(rows.tokens)].clone())
             if chosen is not None:
                 chosen.append(self._chosen[: len(rows.tokens)].clone())
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def _run_body(self, rows: Rows, n: int) -> None:
+        if self.segments:
+            self.segments.run(rows, n)
+        else:
+            self._body.run(rows, n)
 
     def module(
         self, hidden_TD: Tensor, following: Sequence[int], spans: Sequence[Span], drawn: Sequence[bool]
@@ -183,7 +199,8 @@ class Native(Runner):
 
     def _write_body(self) -> tuple[Program, Tensor, int, int]:
         p, m = Program(MOST, self.angles), self.model
-        x, chosen = p.embed(m.embed.weight, "x"), iter(self._chosen.unbind(1))
+        x = p.embed(m.embed.weight, "x") if isinstance(m.embed, Embedding) else p.rows("x", m.config.dim)
+        chosen = iter(self._chosen.unbind(1))
         for block, kept in zip(m.layers, self.cache.layers):
             assert isinstance(block, Block)
             write_block(p, block, x, kept, next(chosen) if isinstance(block.ffn, MoE) else None)
@@ -306,7 +323,10 @@ def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TK: Tensor | No
     p.weigh(p.experts_down(gated, experts, c.n_activated, "chosen"), shared, c.n_activated, onto=x)
 
 
-def experts_of(module: Experts | QuantisedExperts) -> Matrices:
+def experts_of(module: Experts | QuantisedExperts | OffloadedExperts) -> Matrices:
+    if isinstance(module, OffloadedExperts):
+        _, _, down = module.like()
+        return Matrices(len(module.down), *down.shape)
     if isinstance(module, Experts):
         return Matrices.stacked(module.gate_up, module.down)
     made = Matrices(len(module), *module.down[0].shape)

@@ -75,8 +75,8 @@ def located(stored: Stored, piece: Piece, dtype: torch.dtype) -> Located:
     entries, N, K = stored.files.entries, piece.shape[0], piece.shape[1]
     codes = entries.get(piece.name) or entries[piece.name + PACKED]
     if codes.dtype == FP8:
-        block = tuple(stored.quantisation.block)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-        return aligned(Located(codes, entries[piece.name + SCALE_INV], "fp8", block, (N, K)))
+        rows, columns = stored.quantisation.block  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        return aligned(Located(codes, entries[piece.name + SCALE_INV], "fp8", (rows, columns), (N, K)))
     if piece.name not in entries:
         scales = entries[piece.name + SCALE]
         form = INTEGERS[codes.shape[1] * WORD_BITS // K]

@@ -27,6 +27,7 @@ from torch import Tensor
 from shoal.ops import cpu
 from shoal.ops.quant import Form, Quantised
 
+ABSENT = 2  # what a run answers where a busy expert had no place
 Weight = Tensor | Quantised
 FORMS: list[Form] = ["fp8", "int8", "int4"]  # as in native/step.h, from 1 on
 PANELS = 24  # rows for which packing a panel pays: native/products.h
@@ -155,9 +156,11 @@ def takes(q: Quantised) -> bool:
 
 
 class Mixture(NamedTuple):
-    """Of a program's mixtures one: the instructions as far as its choice, and the experts that are chosen from."""
+    """Of a program's mixtures one: the instructions as far as its choice, those before its products (two), and the
+    experts that are chosen from."""
 
     routed: int
+    gated: int
     experts: Matrices
 
 
@@ -318,7 +321,7 @@ class Program:
 
     def experts_gated(self, x: Tensor, experts: Matrices, n_chosen: int, to: str) -> Tensor:
         """Of each row's experts, silu(x gateᵀ) · x upᵀ: [most, A · F]."""
-        self.mixtures.append(Mixture(self._routed, experts))
+        self.mixtures.append(Mixture(self._routed, len(self._code), experts))
         N, K = experts.hidden, experts.dim
         sizes: dict[str, Any] = {"N": N, "K": K, "A": n_chosen, "stacked": 2, "ys": N}
         return self._add(Kind.EXPERTS_GATED, x=x, matrices=experts.table, y=self.rows(to, n_chosen * N), **sizes)
@@ -355,12 +358,13 @@ class Program:
         self._compiled = None
         return arguments["y"] if "y" in arguments else arguments["x"]
 
-    def run(self, rows: Rows, n: int | None = None, first: int = 0) -> None:
+    def run(self, rows: Rows, n: int | None = None, first: int = 0, partly: bool = False) -> None:
         """One step, or of its first `n` instructions those from `first` on; those before it left what they left. What
-        `rows` lack, none of them may ask for."""
+        `rows` lack, none of them may ask for. `partly`: busy experts that have no place are passed over."""
         held, n = self._bring(rows), len(self._code) if n is None else n
         code = byref(self._whole(), first * ctypes.sizeof(_Instruction))
-        self._check(cpu.run("run_program", code, n - first, byref(self._step)))
+        failed = cpu.run("run_program", code, n - first, byref(self._step))
+        self._check(0 if partly and failed == ABSENT else failed)
         del held
 
     def busy(self) -> list[int]:

@@ -50,7 +50,7 @@ def tensors(piece: Piece, form: str, make: Callable[[Piece], Tensor], group: int
             made.update(parts(piece, kind, make(piece), group))
         return made.pop(name)
 
-    kind, vector = form_of(piece, form), len(piece.shape) < 2 or "router" in piece.ours
+    kind, vector = form_of(piece, form), is_high(piece)
     name, shape = piece.name, piece.shape
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {name: (torch.float32 if vector else torch.bfloat16, shape)}
     if kind == "fp8":
@@ -65,6 +65,10 @@ def tensors(piece: Piece, form: str, make: Callable[[Piece], Tensor], group: int
         yield Planned(n, dtype, size, lambda n=n: part(n))
 
 
+def is_high(piece: Piece) -> bool:
+    return len(piece.shape) < 2 or "router" in piece.ours
+
+
 def form_of(piece: Piece, form: str) -> str:
     if form == "bf16" or len(piece.shape) < 2 or any(name in piece.ours for name in HIGH):
         return "bf16"
@@ -76,7 +80,7 @@ def form_of(piece: Piece, form: str) -> str:
 def parts(piece: Piece, form: str, x: Tensor, group: int) -> dict[str, Tensor]:
     """The tensors that a piece becomes, by their names."""
     if form == "bf16":
-        return {piece.name: x.float() if len(piece.shape) < 2 or "router" in piece.ours else x.bfloat16()}
+        return {piece.name: x.float() if is_high(piece) else x.bfloat16()}
     if form == "fp8":
         q = quant.to_fp8(x)
         return {piece.name: q.codes, f"{piece.name}_scale_inv": q.scales}

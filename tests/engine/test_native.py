@@ -267,7 +267,7 @@ def test_a_run_may_stop_where_experts_are_chosen_and_wait_for_them():
     p, rows = runner._body, next(runner._parts([1, 2, 3], [Span(0, 3, [0])]))
     whole, first = runner.body([1, 2, 3], [Span(0, 3, [0])]), 0
     parts = [block.get_submodule("ffn.experts") for block in m.layers[1:]]
-    for (routed, experts), its in zip(p.mixtures, parts, strict=True):
+    for (routed, _, experts), its in zip(p.mixtures, parts, strict=True):
         gate_up, down = (weight.detach().clone() for weight in its.parameters())
         for e in range(16):
             experts.clear(e)

@@ -1,0 +1,51 @@
+"""A native program whose experts come and go says what the one does whose experts are all there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from shoal.engine import native, split
+from shoal.engine.engine import LocalEngine
+from shoal.engine.native import Native
+from shoal.engine.request import Sampling
+from shoal.model.transformer import Transformer
+from shoal.ops import cpu
+from shoal.precision import weights
+from tests.engine import stored
+from tests.engine.models import ids, prompt, request
+from tests.engine.test_native import NO_SHARED, V2, V3
+
+pytestmark = pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
+
+
+@pytest.mark.parametrize(("config", "n_slots"), [(V3, 3), (V2, 40), (NO_SHARED, 1)])
+def test_tokens_are_those_of_the_resident_model(tmp_path, config, n_slots: int):
+    config = replace(config, n_mtp=0)
+    m = Transformer(config).init_weights(0)
+    path = stored.write(tmp_path / "m", config, "bf16", stored.of(m))
+    far, o = split.load(split.examine(path, torch.bfloat16), n_slots, direct=True)
+    engines = [LocalEngine(x, deterministic=True) for x in (weights.load(path), far)]
+    assert isinstance(engines[1]._runner, Native) and engines[1]._runner.segments
+    asked = [request(prompt(n), 9, Sampling(temperature=n % 2, seed=n, logprobs=0)) for n in (20, 3, 90)]
+    near, read = ([r.tokens for r in engine.generate(asked)] for engine in engines)
+    assert read == near
+    s = o.stats()
+    assert s.guessed > 0 and (n_slots < 40 or s.hit_rate > 0.5)
+    for engine in engines:
+        engine.close()
+    o.store.close()
+
+
+def test_routes_are_told_and_rows_are_cut(tmp_path, monkeypatch):
+    config = replace(V3, n_mtp=0)
+    path = stored.write(tmp_path / "m", config, "bf16", stored.of(Transformer(config).init_weights(0)))
+    monkeypatch.setattr(native, "MOST", 32)
+    far, o = split.load(split.examine(path, torch.bfloat16), 5, direct=False)
+    engines = [LocalEngine(x, deterministic=True) for x in (weights.load(path), far)]
+    a, b = (engine.generate([request(prompt(70), 5, routes=True)])[0] for engine in engines)
+    assert ids(a) == ids(b) and a.routes is not None and b.routes is not None
+    assert torch.equal(a.routes, b.routes)
+    for engine in engines:
+        engine.close()
+    o.store.close()
