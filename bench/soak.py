@@ -125,7 +125,7 @@ def soak(seconds: float, clients: int = CLIENTS, rounds: int = ROUNDS) -> Seen:
 def serving(folder: Path) -> Iterator[tuple[int, psutil.Process]]:
     make_model(folder / "model")
     port = free_port()
-    flags = f"--name {NAME} --port {port} --threads 1 --memory 1MiB --dtype float32 --db sqlite:///{folder}/ledger.db"
+    flags = f"--name {NAME} --port {port} --threads 1 --cache 1MiB --dtype float32 --db sqlite:///{folder}/ledger.db"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = open(folder / "log", "wb")
     argv = [sys.executable, "-m", "shoal.cli.main", "serve", str(folder / "model"), *flags.split()]

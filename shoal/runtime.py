@@ -135,6 +135,33 @@ def keep_freed_memory() -> str:
     return "malloc keeps freed memory" if kept else "malloc could not be tuned"
 
 
+def give_back_memory() -> None:
+    """What malloc keeps of freed blocks, to the system."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Of this process, the page cache (mapped files) aside."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return psutil.Process().memory_info().rss
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+def free_bytes() -> int:
+    """Of memory, the page cache counted as free: the machine's, or less where this process's group is limited."""
+    free = psutil.virtual_memory().available
+    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else ():
+        _, controllers, path = line.split(":", 2)
+        for root, limit in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
+            file = Path("/sys/fs/cgroup") / root / path.lstrip("/") / limit
+            if controllers in ("", "memory") and file.exists() and (text := file.read_text().strip()) != "max":
+                free = min(free, max(0, int(text) - resident_bytes()))
+    return free
+
+
 def cache_root() -> Path:
     """Where corpora and built kernels are kept between runs: $SHOAL_CACHE, or ~/.cache/shoal."""
     return Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal")

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from shoal.cli.budget import add_memory, open_sized
 from shoal.cli.generate import check
 from shoal.cli.main import INTERRUPTED
-from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, open_model, turns_of
+from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, turns_of
 from shoal.cli.screen import Screen, screen
 from shoal.errors import ConfigError, DataError, ModelError, RequestError, ShoalError
 from shoal.server.turns import Form
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--min-p", type=float, default=0.0, help="default 0")
     parser.add_argument("--seed", type=int, help="same seed and questions, same answers; default: other ones each time")
     parser.add_argument("--context", type=int, help="most tokens of the conversation; default: the model's")
+    add_memory(parser)
     parser.add_argument("--speculate", type=int, default=0, metavar="N", help="draft N tokens ahead; default 0")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default bfloat16")
     parser.add_argument("--threads", type=int, help="default: one a core")
@@ -61,13 +63,13 @@ def main(argv: list[str]) -> int:
     question = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if question == "":
         raise ConfigError("nothing on standard input", "a question", "pipe one in, or call it from a terminal")
-    opened = open_model(args.model, args.dtype, args.threads)
+    opened, cache, _ = open_sized(args, args.threads, args.context)
     if opened.tokenizer.chat_template is None:
         raise ModelError(f"{opened.folder} has no chat template", "a chat model", "use shoal generate to continue text")
     turns = turns_of(opened)
     from shoal.engine.engine import LocalEngine
 
-    engine = LocalEngine(opened.model, context=args.context, speculate=args.speculate)
+    engine = LocalEngine(opened.model, cache, context=args.context, speculate=args.speculate)
     try:
         talk = Talk(opened, engine, turns, args, screen())
         if question is None:

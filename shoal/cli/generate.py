@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, open_model
+from shoal.cli.budget import add_memory, open_sized
+from shoal.cli.opened import DTYPES, MODEL_HELP, Opened
 from shoal.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -22,18 +23,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy; default 0.6")
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text; default 0")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default float32, with --memory bfloat16")
+    add_memory(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     args = parser.parse_args(argv)
     check(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    opened = open_model(args.model, args.dtype)
+    args.dtype = args.dtype or ("float32" if args.memory is None else "bfloat16")
+    opened, cache, _ = open_sized(args)
     before = prompt_tokens(opened, prompt, args.max_tokens)
     if args.json:
-        print(json.dumps(answer(opened, prompt, before, args), ensure_ascii=False))
+        print(json.dumps(answer(opened, prompt, before, args, cache), ensure_ascii=False))
     else:
         print(prompt, end="", flush=True)
-        for text in pieces(opened.tokenizer, continued(opened, before, args)):
+        for text in pieces(opened.tokenizer, continued(opened, before, args, cache)):
             print(text, end="", flush=True)
         print()
     return 0
@@ -65,7 +68,7 @@ def prompt_tokens(opened: Opened, prompt: str, max_tokens: int) -> list[int]:
     return tokens
 
 
-def continued(opened: Opened, before: list[int], args: argparse.Namespace) -> Iterator[int]:
+def continued(opened: Opened, before: list[int], args: argparse.Namespace, cache: int | None = None) -> Iterator[int]:
     """Token by token, by the engine. Closing the iterator ends the request."""
     from shoal.engine.engine import LocalEngine
     from shoal.engine.request import Request, Sampling, Step
@@ -73,7 +76,7 @@ def continued(opened: Opened, before: list[int], args: argparse.Namespace) -> It
     steps: SimpleQueue[Step] = SimpleQueue()
     stop = frozenset([] if opened.tokenizer.eos_id is None else [opened.tokenizer.eos_id])
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    engine = LocalEngine(opened.model)
+    engine = LocalEngine(opened.model, cache)
     try:
         engine.submit(Request(tuple(before), args.max_tokens, steps.put, sampling, stop))
         finish = None
@@ -87,8 +90,8 @@ def continued(opened: Opened, before: list[int], args: argparse.Namespace) -> It
         engine.close()
 
 
-def answer(opened: Opened, prompt: str, before: list[int], args: argparse.Namespace) -> dict:
-    tokens = list(continued(opened, before, args))
+def answer(opened: Opened, prompt: str, before: list[int], args: argparse.Namespace, cache: int | None) -> dict:
+    tokens = list(continued(opened, before, args, cache))
     return {
         "model": str(opened.folder),
         "prompt": prompt,

@@ -63,10 +63,9 @@ def whole(folder: Path) -> None:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)[:500]}", "every file as written", "use another")
 
 
-def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
-    """The model on this machine's device, and its tokenizer, which must be the model's own."""
+def prepared(name: str, threads: int | None) -> "tuple[Path, ModelConfig, Tokenizer, str]":
+    """The model's folder and what it says of itself, its own tokenizer, and this machine's device, set up."""
     folder = model_folder(name)
-    import torch
 
     from shoal import runtime
     from shoal.data.tokenizer import Tokenizer
@@ -75,7 +74,16 @@ def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
     config = hf.load_config(folder)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(tokenizer.vocab_size, config.vocab_size)
-    device = runtime.setup(threads).device
+    return folder, config, tokenizer, runtime.setup(threads).device
+
+
+def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
+    """The model on this machine's device, and its tokenizer, which must be the model's own."""
+    folder, config, tokenizer, device = prepared(name, threads)
+    import torch
+
+    from shoal.model import hf
+
     if device == "cpu":
         check_memory(config, dtype)
     return Opened(hf.load(folder, getattr(torch, dtype), device), tokenizer, folder)

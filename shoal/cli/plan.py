@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -117,7 +118,7 @@ def plain(f: Fit) -> dict:
     return asdict(f) | {"limit": f.limit, "bounds": f.bounds()}
 
 
-def show(args: argparse.Namespace, machine: Hardware, context: int, found: dict[Form, Fit], console: Console) -> None:
+def show(args: argparse.Namespace, machine: Hardware, context: int, found: Mapping[str, Fit], console: Console) -> None:
     has = [f"RAM {gib(machine.ram_bytes)} at {machine.ram_rate / 1e9:.0f} GB/s"]
     if machine.gpu_bytes:
         has = [f"GPU {gib(machine.gpu_bytes)} at {machine.gpu_rate / 1e9:,.0f} GB/s", *has]
@@ -147,11 +148,11 @@ def show(args: argparse.Namespace, machine: Hardware, context: int, found: dict[
         print("rates are a data sheet's or given; --here measures this machine's", file=sys.stderr)
 
 
-def best(found: dict[Form, Fit]) -> Form:
+def best(found: Mapping[str, Fit]) -> str:
     return max(found, key=lambda form: found[form].tokens_per_s)
 
 
-def detail(form: Form, f: Fit, console: Console) -> None:
+def detail(form: str, f: Fit, console: Console) -> None:
     for place, parts in f.places.items():
         said = ", ".join(f"{name} {gib(n)}" for name, n in parts.items() if n)
         console.print(f"{form} · {place}: {gib(sum(parts.values()))}: {said}")

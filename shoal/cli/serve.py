@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.cli.accounts import add_db, journals, needs_serve, open_ledger
-from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, open_model, turns_of
+from shoal.cli.budget import add_memory, open_sized
+from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, turns_of
 from shoal.cli.sizes import size
 from shoal.errors import ConfigError, ResourceError
 from shoal.runtime import cache_root
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
     parser.add_argument("--name", help="what the API calls the model; default: its run or folder")
     parser.add_argument("--context", type=int, help="most tokens of prompt and completion; default: the model's")
-    parser.add_argument("--memory", metavar="SIZE", help="for the cache, like 6GiB; default: a share of what is free")
+    add_memory(parser)
     parser.add_argument(
         "--cache-disk", metavar="SIZE", help="keep that much of the cache in files too, also for the next start"
     )
@@ -46,16 +47,16 @@ def main(argv: list[str]) -> int:
     add_db(parser)
     args = parser.parse_args(argv)
     required = keys_required(args.host, args.keys)
-    memory, on_disk = (None if text is None else size(text) for text in (args.memory, args.cache_disk))
+    on_disk = None if args.cache_disk is None else size(args.cache_disk)
     port_is_free(args.host, args.port)
     try:
         import shoal.server.http  # noqa: F401  # before the weights are read: a missing package is said at once
     except ModuleNotFoundError as e:
         raise needs_serve(e) from None
     ledger = open_ledger(args.db)
-    opened = open_model(args.model, args.dtype, args.threads)
+    opened, cache, _ = open_sized(args, args.threads, args.context)
     turns = turns_of(opened)
-    engine = make_engine(opened, memory, on_disk, args)
+    engine = make_engine(opened, cache, on_disk, args)
     server = make_server(opened, engine, turns, ledger, required, args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     tell(server, required, ledger, args)
@@ -96,14 +97,14 @@ def port_is_free(host: str, port: int) -> None:
         raise ResourceError(f"{host} port {port}: {why}", "an address that is free here", "try --port 0") from None
 
 
-def make_engine(opened: Opened, memory: int | None, on_disk: int | None, args: argparse.Namespace) -> "LocalEngine":
+def make_engine(opened: Opened, cache: int | None, on_disk: int | None, args: argparse.Namespace) -> "LocalEngine":
     from shoal.engine.disk import Disk, maker
     from shoal.engine.engine import LocalEngine
 
     folder = args.cache_folder or cache_root() / "pages"
     return LocalEngine(
         opened.model,
-        memory,
+        cache,
         context=args.context,
         speculate=args.speculate,
         deterministic=args.deterministic,

@@ -170,6 +170,10 @@ class Store:
         with self._end:
             self._end.wait_for(lambda: any(job.ended for job in jobs))
 
+    def release(self, slot: int) -> None:
+        """Give its memory back; nothing will be read into it."""
+        self._arena.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+
     def matrices(self, expert: int, slot: int) -> tuple[Matrix, Matrix, Matrix]:
         """Gate, up and down, where they lie now."""
         where = runs(self.experts[expert])

@@ -29,8 +29,10 @@ from shoal.model.hf_files import Entry
 from shoal.ops import dispatch as ops
 from shoal.ops import quant
 from shoal.ops.quant import Quantised
+from shoal.runtime import resident_bytes
 
 HALF_LIFE = 64  # steps
+LOOK = 16  # steps from one look at the process's memory to the next
 WORTH = 0.5  # share of foretold experts that must be chosen, for the reading of them to be worth the disk's time
 MEMORY = 0.02  # what the last foretelling counts in that share
 
@@ -92,15 +94,21 @@ class Slots:
             self._weight = 1.0
 
     def take(self, expert: int) -> int | None:
-        """A slot for it, held; None where all are."""
+        """A slot for it (-1: for nobody), held; None where all are."""
         worth = np.where(self._owner < 0, -1.0, self._score[self._owner])
         slot = int(np.where(self._held, np.inf, worth).argmin())
         if self._held[slot]:
             return None
         if self._owner[slot] >= 0:
             self.slot_of[self._owner[slot]] = -1
-        self._owner[slot], self.slot_of[expert], self._held[slot] = expert, slot, True
+        self._owner[slot], self._held[slot] = expert, True
+        if expert >= 0:
+            self.slot_of[expert] = slot
         return slot
+
+    def retire(self) -> int | None:
+        """A slot that is never taken again; None where all are held."""
+        return self.take(-1)
 
     def empty(self, expert: int) -> None:
         """What should have come into its slot did not."""
@@ -115,10 +123,13 @@ class Slots:
 class Offload:
     """The experts of all mixtures of a model, numbered layer by layer: mixture · E + expert. For one thread."""
 
-    def __init__(self, store: Store, n_slots: int, n_experts: int):
-        """`n_experts` of a layer."""
+    def __init__(self, store: Store, n_slots: int, n_experts: int, least: int = 1, ceiling: int | None = None):
+        """`n_experts` of a layer. `ceiling`: bytes that the process may have; where it has more, all slots but the
+        `least` may be given up."""
         self.store, self.E, self.n_slots = store, n_experts, n_slots
+        self.least = least
         self._slots = Slots(n_slots, len(store.experts))
+        self._ceiling, self._steps = ceiling, 0
         self._jobs: dict[int, Job] = {}  # experts on their way, their slots held
         self._foretold: set[int] = set()  # of the mixture to come; those that are there are held
         self._ahead: set[int] = set()  # of these, the ones that are read because of it
@@ -136,9 +147,10 @@ class Offload:
         """All `busy` experts of a mixture, each once, in batches: those that are in memory, then others as they come.
         Reading begins at once; a batch stays where it is until the next one is asked for. Raises StorageError."""
         wanted = [mixture * self.E + e for e in busy]
+        self._harvest()
         if mixture == 0:
             self._slots.age()
-        self._harvest()
+            self._stay_below()
         self._judge(set(wanted))
         here = [x for x in wanted if self._ready(x)]
         missing = [x for x in wanted if not self._ready(x)]
@@ -163,6 +175,17 @@ class Offload:
                 self._read(x, urgent=False)
                 self._ahead.add(x)
                 self._counts["read_ahead"] += 1
+
+    def _stay_below(self) -> None:
+        """Budgets are made beforehand; if something else has grown, experts make room. Enough for a token stay."""
+        self._steps += 1
+        if self._ceiling is None or self._steps % LOOK != 1:
+            return
+        over = resident_bytes() - self._ceiling
+        while over > 0 and self.n_slots > self.least and (slot := self._slots.retire()) is not None:
+            self.store.release(slot)
+            self.n_slots -= 1
+            over -= self.store.slot_bytes
 
     def _ready(self, x: int) -> bool:
         return bool(self._slots.slot_of[x] >= 0) and x not in self._jobs
@@ -261,10 +284,10 @@ def product(x: Tensor, weight: Matrix) -> Tensor:
 class StoredRows(nn.Module):
     """`Embedding` whose rows are read from the file they lie in, each when it is asked for."""
 
-    def __init__(self, path: Path, entry: Entry, dtype: torch.dtype):
+    def __init__(self, path: Path, entry: Entry, dtype: torch.dtype, device: torch.device | str = "cpu"):
         super().__init__()
         self.file, self.entry = opened(path, direct=False), entry
-        self.weight = torch.empty(0, entry.shape[1], dtype=dtype)  # says what rows are like
+        self.weight = torch.empty(0, entry.shape[1], dtype=dtype, device=device)  # says what rows are like
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         e = self.entry
@@ -273,4 +296,4 @@ class StoredRows(nn.Module):
         for row_D, token in zip(rows_TD, tokens_T.tolist(), strict=True):
             read_into(self.file, row_D.view(torch.uint8).numpy().data, e.start + token * row_D.nbytes)
         self.file.check()
-        return rows_TD.to(self.weight.dtype)
+        return rows_TD.to(self.weight.device, self.weight.dtype)

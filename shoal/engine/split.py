@@ -5,6 +5,7 @@ model of it, its experts' leaves replaced by `OffloadedExperts` and its embeddin
 module is left out: drafting would meet other experts, and wait for them.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from shoal.engine.experts import Expert, Located, Store, slot_bytes
+from shoal.engine.experts import Expert, Located, Store, opened, read_into, slot_bytes
 from shoal.engine.offload import Offload, OffloadedExperts, StoredRows
 from shoal.errors import ModelError
 from shoal.model import hf
@@ -23,7 +24,7 @@ from shoal.model.hf_stored import INTEGERS, PACKED, SCALE, SCALE_INV, WORD_BITS,
 from shoal.model.moe import Experts, MoE
 from shoal.model.transformer import Transformer
 from shoal.ops.quant import FP8
-from shoal.precision.weights import leaves, replace_leaf
+from shoal.precision.weights import leaves, on, replace_leaf
 
 
 class Parts(NamedTuple):
@@ -36,18 +37,19 @@ class Parts(NamedTuple):
     near_bytes: int  # all but experts and embedding
     embedding_bytes: int  # 0 where it is the head too, and counts there
     slot_bytes: int  # of one expert
+    module_bytes: int  # of what is left out, the multi-token module
 
 
 def examine(folder: Path, dtype: torch.dtype) -> Parts:
-    """Raises ModelError, also for a model without experts: there is nothing to split."""
+    """Raises ModelError."""
     model, stored = hf.opened(folder, dtype)
-    if not any(isinstance(block.ffn, MoE) for block in model.layers):
-        raise ModelError(f"{folder} is a model without experts", "a mixture of experts", "leave --memory out")
+    beyond = tuple(f"model.layers.{model.config.n_layers + k}." for k in range(model.config.n_mtp))
+    in_module = sum(e.end - e.start for name, e in stored.files.entries.items() if name.startswith(beyond))
     model.mtp, model.config = nn.ModuleList(), replace(model.config, n_mtp=0)
     experts = list(located_experts(model, stored, dtype))
     embedding = 0 if model.config.tie_embeddings else model.embed.weight.nbytes
     near = sum(near_bytes(model, stored)) - embedding
-    return Parts(model, stored, folder, experts, near, embedding, slot_bytes(experts))
+    return Parts(model, stored, folder, experts, near, embedding, slot_bytes(experts) if experts else 0, in_module)
 
 
 def near_bytes(model: Transformer, stored: Stored) -> Iterator[int]:
@@ -95,27 +97,43 @@ def aligned(m: Located) -> Located:
     return m
 
 
-def load(parts: Parts, n_slots: int, direct: bool, device: torch.device | str = "cpu") -> tuple[Transformer, Offload]:
-    """The model, ready to run; the experts' slots are the last memory that is taken."""
+def load(
+    parts: Parts, n_slots: int, direct: bool, device: torch.device | str = "cpu", ceiling: int | None = None
+) -> tuple[Transformer, Offload]:
+    """The model, ready to run. At no time is there more in memory than at the end, but for one dequantised matrix."""
     model, stored = parts.model, parts.stored
-    config, dtype = model.config, model.embed.weight.dtype
+    moe, dtype = model.config.moe, model.embed.weight.dtype
+    assert moe
+    mixtures = [block.ffn for block in model.layers if isinstance(block.ffn, MoE)]
     for name, pieces in leaves(model, stored).items():
         if not isinstance(model.get_submodule(name), Experts):
-            replace_leaf(model, name, [stored.quantised(piece, mapped=False) for piece in pieces])
-    assert config.moe
-    mixtures = [block.ffn for block in model.layers if isinstance(block.ffn, MoE)]
+            replace_leaf(model, name, [on(stored.quantised(piece, mapped=False), device) for piece in pieces])
     for mixture in mixtures:
         mixture.experts = nn.Module()  # pyright: ignore[reportAttributeAccessIssue]
-    rows = StoredRows(parts.folder / entry.file, entry, dtype) if (entry := lookup(parts)) else None
-    if rows:
-        model.embed = rows  # pyright: ignore[reportAttributeAccessIssue]
+    if entry := lookup(parts):
+        model.embed = StoredRows(  # pyright: ignore[reportAttributeAccessIssue]
+            parts.folder / entry.file, entry, dtype, device
+        )
     hf.allocate(model, device)
-    hf.fill(model, stored)
+    fill(parts)
     store = Store(parts.folder, parts.experts, n_slots, direct)
-    offload = Offload(store, n_slots, config.moe.n_routed_experts)
+    offload = Offload(store, n_slots, moe.n_routed_experts, moe.n_activated, ceiling)
     for i, mixture in enumerate(mixtures):
         mixture.experts = OffloadedExperts(offload, i)  # pyright: ignore[reportAttributeAccessIssue]
     return model, offload
+
+
+def fill(parts: Parts) -> None:
+    """As `hf.fill`, but what is stored as it is used is read straight into its place."""
+    state, stored = parts.model.state_dict(), parts.stored
+    for piece in sorted(hf.own_pieces(parts.model), key=stored.place):
+        place, entry = piece.of(state[piece.ours]), stored.files.entries.get(piece.name)
+        if entry and entry.dtype == place.dtype and place.is_contiguous() and place.device.type == "cpu":
+            file = opened(parts.folder / entry.file, direct=False)
+            read_into(file, place.view(-1).view(torch.uint8).numpy().data, entry.start)
+            os.close(file.fd)
+        else:
+            stored.copy(piece, place)
 
 
 def lookup(parts: Parts) -> Entry | None:

@@ -129,7 +129,7 @@ def saved(tmp_path):
 @pytest.mark.multiprocess
 def test_serve_a_model_ask_it_and_see_what_it_cost(saved, db, capsys):
     secret = made(db, capsys)
-    flags = ["--keys", "required", "--prices", "0.07/0.27/1.10", "--memory", "16MiB", "--threads", "1", "--db", db]
+    flags = ["--keys", "required", "--prices", "0.07/0.27/1.10", "--cache", "16MiB", "--threads", "1", "--db", db]
     with serving(saved, *flags) as client:
         asked = {"model": "model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
         header = {"Authorization": f"Bearer {secret}"}
@@ -146,7 +146,7 @@ def test_a_conversation_is_cached_across_restarts(saved, db, tmp_path):
     on_disk = ["--cache-disk", "16MiB", "--cache-folder", str(tmp_path / "pages")]
     answers = []
     for _ in range(2):
-        with serving(saved, "--memory", "16MiB", "--threads", "1", "--db", db, *on_disk) as client:
+        with serving(saved, "--cache", "16MiB", "--threads", "1", "--db", db, *on_disk) as client:
             answers.append(client.post("/v1/chat/completions", json=asked).json())
     first, again = answers
     assert first["usage"]["prompt_cache_hit_tokens"] == 0 and again["usage"]["prompt_cache_hit_tokens"] >= 128
