@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shoal.engine.turns import Turns
     from shoal.model.transformer import Transformer
 
-MODEL_HELP = "a run (path, id, latest), a checkpoint folder, or a Hugging Face model folder"
+MODEL_HELP = "a run (path, id, latest), a checkpoint folder, a Hugging Face model folder, or a GGUF file"
 DTYPES = ("float32", "bfloat16")
 OF_CONFIG = {"bf16": "bfloat16", "fp32": "float32"}  # what training configs call them
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -26,12 +26,14 @@ FP32_BYTES, BF16_BYTES = 4, 2
 class Opened(NamedTuple):
     model: "Transformer"
     tokenizer: "Tokenizer"
-    folder: Path
+    folder: Path  # or a GGUF file
 
 
 def model_folder(name: str) -> Path:
-    """The folder MODEL names. A checkpoint is checked byte for byte; damaged ones in a run are named and passed by."""
+    """The folder or GGUF file MODEL names. A checkpoint is checked byte by byte; a run's damaged ones are passed by."""
     path = Path(name)
+    if path.suffix == ".gguf" and path.exists():
+        return path
     if (path / "config.json").exists():
         whole(path)
         return path
@@ -68,11 +70,10 @@ def prepared(name: str, threads: int | None) -> "tuple[Path, ModelConfig, Tokeni
     folder = model_folder(name)
 
     from shoal import runtime
-    from shoal.data.tokenizer import Tokenizer
     from shoal.model import hf
 
     config = hf.load_config(folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = tokenizer_in(folder)
     check_vocabulary(tokenizer.vocab_size, config.vocab_size)
     return folder, config, tokenizer, runtime.setup(threads).device
 
@@ -87,6 +88,18 @@ def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
     if device == "cpu":
         check_memory(config, dtype)
     return Opened(hf.load(folder, getattr(torch, dtype), device), tokenizer, folder)
+
+
+def tokenizer_in(folder: Path) -> "Tokenizer":
+    from shoal.data.tokenizer import Tokenizer
+    from shoal.model.hf import is_gguf
+
+    if not is_gguf(folder):
+        return Tokenizer.load(folder)
+    from shoal.data.gguf_tokenizer import tokenizer_of
+    from shoal.model.gguf_file import GGUFFile
+
+    return tokenizer_of(GGUFFile(folder).metadata, str(folder))
 
 
 def reopened(run: Run, base: str, dtype: str, threads: int | None) -> Opened:
@@ -107,6 +120,11 @@ def end_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json: absent, one id, or a list of them. Raises ModelError."""
     from shoal.model.hf_files import read_json
 
+    if folder.suffix == ".gguf":
+        from shoal.data.gguf_tokenizer import turn_ends
+        from shoal.model.gguf_file import GGUFFile
+
+        return turn_ends(GGUFFile(folder).metadata, vocab_size)
     name = "generation_config.json"
     found = read_json(folder, name).get("eos_token_id") if (folder / name).exists() else None
     ids = [] if found is None else found if isinstance(found, list) else [found]

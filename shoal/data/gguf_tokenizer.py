@@ -63,10 +63,10 @@ def tokenizer_of(metadata: Mapping[str, object], where: str) -> Tokenizer:
     return Tokenizer(text, bos, said.token("eos_token_id", tokens), template if isinstance(template, str) else None)
 
 
-def end_ids(metadata: Mapping[str, object]) -> tuple[int, ...]:
-    """The tokens besides EOS that end a turn."""
+def turn_ends(metadata: Mapping[str, object], vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a turn."""
     ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return tuple(i for i in ids if type(i) is int)
+    return tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size)
 
 
 class Said:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from shoal.engine.pages import Key
 from shoal.errors import ResourceError
+from shoal.model.gguf_file import parts
 
 MOST_WAITING = 2**26  # bytes that may wait to be written
 NAME, UNFINISHED = re.compile(r"[0-9a-f]{32}"), ".new"
@@ -209,7 +210,7 @@ def own(folder: Path) -> int:
 
 
 def maker(model: Path) -> str:
-    """Names a model folder's weights and the code that computes with them.
+    """Names the weights of a model folder or a GGUF file, and the code that computes with them.
 
     Weights go by their checkpoint's manifest, or where there is none by size and time of change.
     """
@@ -219,9 +220,11 @@ def maker(model: Path) -> str:
             if path.suffix in (".py", ".c", ".cpp", ".h"):
                 sha256.update(path.read_bytes())
     manifest = model / "manifest.json"
-    sha256.update((manifest if manifest.exists() else model / "config.json").read_bytes())
+    if model.is_dir():
+        sha256.update((manifest if manifest.exists() else model / "config.json").read_bytes())
     if not manifest.exists():
-        files = [(path.name, path.stat()) for path in sorted(model.glob("*.safetensors"))]
+        weights = model.glob("*.safetensors") if model.is_dir() else (model.with_name(part) for part in parts(model))
+        files = [(path.name, path.stat()) for path in sorted(weights)]
         sha256.update(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]).encode())
     return sha256.hexdigest()
 

@@ -2,7 +2,8 @@
 
 `GGUF(path)` opens one (gguf_file), translates its settings (gguf_config) and holds names and shapes against the model;
 `tensor` gives each matrix by the name it has in Hugging Face folders (hf_names), in the bits it is stored in
-(gguf_blocks). What llama.cpp's converter did to some of them is undone:
+(gguf_blocks). To `hf.opened` it is what hf_stored.Stored is of a folder, so whatever opens folders opens files. What
+llama.cpp's converter did to some tensors is undone:
 
 - Experts are stacked, [E, rows, columns] each of gate, up and down, or gate and up in one: one expert's rows are read.
 - The up-projection of the latent is split by head, into keys, transposed so that they can be absorbed into the query,
@@ -23,12 +24,11 @@ import torch
 from torch import Tensor
 
 from shoal.errors import ModelError
-from shoal.model import hf
 from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig
 from shoal.model.gguf_blocks import decoded, in_few_bits
 from shoal.model.gguf_config import FIX, Settings, model_config
 from shoal.model.gguf_file import AGAIN, Entry, GGUFFile
-from shoal.model.hf_names import Piece, copies
+from shoal.model.hf_names import Piece, copies, pieces
 from shoal.model.rope import frequencies
 from shoal.model.transformer import Transformer
 from shoal.ops.quant import Quantised
@@ -73,10 +73,12 @@ class GGUF:
     def __init__(self, path: Path | str):
         """`path` of a .gguf, the first one where there are several. Raises ModelError."""
         self.path = Path(path)
-        self.file = GGUFFile(self.path)
-        self.metadata, self.entries = self.file.metadata, self.file.entries
+        self.files = GGUFFile(self.path)
+        self.metadata, self.entries = self.files.metadata, self.files.entries
         self.config = self._config()
-        self.pieces = {piece.name: piece for piece in hf.own_pieces(hf.skeleton(self.config, torch.float32))}
+        with torch.device("meta"):
+            state = Transformer(self.config).state_dict()
+        self.pieces = {p.name: p for p in pieces(self.config, ((name, tuple(x.shape)) for name, x in state.items()))}
         self._check()
 
     def tensor(self, name: str) -> Tensor | Quantised:
@@ -84,11 +86,6 @@ class GGUF:
         piece = self.pieces[name]
         found = self._rows(piece, 0, rows_of(piece.shape))
         return found if isinstance(found, Quantised) else found.view(piece.shape)
-
-    # What hf_stored.Stored answers of a folder:
-
-    def __contains__(self, piece: Piece) -> bool:
-        return piece.name in self.pieces
 
     def place(self, piece: Piece) -> tuple[int, int]:
         """Where it lies: the number of a file, and a byte of it."""
@@ -198,9 +195,9 @@ class GGUF:
             return self._key_value_up(name, *values)
         if piece.expert is not None:
             first += piece.expert * self.entries[name].shape[-2] + (piece.first_row if "gate_up" in name else 0)
-        rows = self.file.rows(name, first, n)
+        rows = self.files.rows(name, first, n)
         if self.metadata["general.architecture"] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            rows = self.file.rows(name, 0, rows_of(piece.shape))[self._interleaved(piece)[first : first + n]]
+            rows = self.files.rows(name, 0, rows_of(piece.shape))[self._interleaved(piece)[first : first + n]]
         return decoded(rows, self.entries[name].kind, name)
 
     def _interleaved(self, piece: Piece) -> Tensor:
@@ -217,24 +214,8 @@ class GGUF:
     def _dense(self, name: str) -> Tensor:
         """A whole tensor: floats as they are, all else in fp32."""
         e = self._entry(name)
-        found = decoded(self.file.rows(name, 0, rows_of(e.shape)), e.kind, name)
+        found = decoded(self.files.rows(name, 0, rows_of(e.shape)), e.kind, name)
         return (found.dequantise() if isinstance(found, Quantised) else found).view(e.shape)
-
-
-def load(path: Path | str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> Transformer:
-    """The model with every number computed out: matrices in `dtype`, norms and routers fp32. Raises ModelError."""
-    model, file = opened(path, dtype)
-    hf.allocate(model, device)
-    state = model.state_dict()
-    for piece in sorted(file.pieces.values(), key=file.place):
-        file.copy(piece, piece.of(state[piece.ours]))
-    return model
-
-
-def opened(path: Path | str, dtype: torch.dtype) -> tuple[Transformer, GGUF]:
-    """The model without memory and the tensors for it, held against each other. Raises ModelError."""
-    file = GGUF(path)
-    return hf.skeleton(file.config, dtype), file
 
 
 def rows_of(shape: tuple[int, ...]) -> int:

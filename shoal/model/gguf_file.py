@@ -118,6 +118,9 @@ class GGUFFile:
         if tensors != len(self.entries):
             raise bad(f"{self.path} has {len(self.entries)} tensors", f"{tensors}, as its settings say")
 
+    def unchanged(self) -> None:
+        """As `TensorFolder.unchanged`; of a file nothing is used any more once it is loaded."""
+
     def rows(self, name: str, first: int, n: int) -> Tensor:
         """Rows of a tensor (all dimensions but the last, flattened) as they lie in the file: uint8 [n, bytes]."""
         e = self.entries[name]

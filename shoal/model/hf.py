@@ -6,6 +6,8 @@ scales are held against the model (hf_names, hf_stored), and then tensors are re
 places. The peak is the model plus one tensor. Weights in few bits become what they stand for; precision/weights.py
 leaves them in few bits.
 
+A path that ends in .gguf is llama.cpp's file, which gguf.py checks, and goes the same way.
+
 Left out on purpose: other people's code.
 """
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from shoal.errors import ModelError
 from shoal.model.config import ModelConfig
+from shoal.model.gguf import GGUF
 from shoal.model.hf_config import read_config, to_hf_config
 from shoal.model.hf_files import Planned, TensorFolder, read_json, write_json, write_tensors
 from shoal.model.hf_names import Piece, copies, pieces
@@ -27,10 +30,13 @@ from shoal.model.hf_stored import Stored, disagrees
 from shoal.model.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9
+Tensors = Stored | GGUF  # of a folder, or of a file
 log = logging.getLogger(__name__)
 
 
 def load_config(folder: Path | str) -> ModelConfig:
+    if is_gguf(folder):
+        return GGUF(folder).config
     return read_config(read_json(as_folder(folder), "config.json"))
 
 
@@ -45,8 +51,11 @@ def load(folder: Path | str, dtype: torch.dtype = torch.bfloat16, device: torch.
     return model
 
 
-def opened(folder: Path | str, dtype: torch.dtype) -> tuple[Transformer, Stored]:
+def opened(folder: Path | str, dtype: torch.dtype) -> tuple[Transformer, Tensors]:
     """The model without memory and the tensors for it, held against each other. Raises ModelError."""
+    if is_gguf(folder):
+        file = GGUF(folder)
+        return skeleton(file.config, dtype), file
     folder = as_folder(folder)
     raw = read_json(folder, "config.json")
     files = TensorFolder(folder)
@@ -58,11 +67,13 @@ def opened(folder: Path | str, dtype: torch.dtype) -> tuple[Transformer, Stored]
     return model, stored
 
 
-def fill(model: Transformer, stored: Stored) -> None:
+def fill(model: Transformer, stored: Tensors) -> None:
     """Read what the model has memory for, in the order of the files."""
     state = model.state_dict()
     for piece in sorted(own_pieces(model), key=stored.place):
         stored.copy(piece, piece.of(state[piece.ours]))
+    if isinstance(stored, GGUF):
+        return  # copies there may be quantised in another way
     for piece in second_times(model.config, stored):
         if not stored.equal(piece, state.get(piece.ours)):
             raise disagrees(f"{piece.name} differs from the model's own", "a copy of it")
@@ -82,6 +93,10 @@ def allocate(model: Transformer, device: torch.device | str) -> None:
         model.head.weight = model.embed.weight
     for buffer in model.buffers():
         buffer.zero_()  # the router's bias, which softmax models have no tensor for
+
+
+def is_gguf(path: Path | str) -> bool:
+    return Path(path).suffix == ".gguf"
 
 
 def as_folder(folder: Path | str) -> Path:

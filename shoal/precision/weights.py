@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from shoal.model import hf
+from shoal.model.gguf_file import GGUFFile
+from shoal.model.hf import Tensors
 from shoal.model.hf_files import TensorFolder
 from shoal.model.hf_names import Piece
-from shoal.model.hf_stored import Stored
 from shoal.model.layers import Linear
 from shoal.model.moe import Experts
 from shoal.model.transformer import Transformer
@@ -65,7 +66,9 @@ def load(folder: Path | str, dtype: torch.dtype = torch.bfloat16, device: torch.
     return opened(folder, dtype, device)[0]
 
 
-def opened(folder: Path | str, dtype: torch.dtype, device: torch.device | str) -> tuple[Transformer, TensorFolder]:
+def opened(
+    folder: Path | str, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Transformer, TensorFolder | GGUFFile]:
     """And its files, which must stay as they are while the model is used: `unchanged` raises where they don't."""
     model, stored = hf.opened(folder, dtype)
     for name, matrices in leaves(model, stored).items():
@@ -75,7 +78,7 @@ def opened(folder: Path | str, dtype: torch.dtype, device: torch.device | str) -
     return model, stored.files
 
 
-def leaves(model: Transformer, stored: Stored) -> dict[str, list[Piece]]:
+def leaves(model: Transformer, stored: Tensors) -> dict[str, list[Piece]]:
     """The leaves that stay in few bits, by the names of their modules: those of which every matrix is."""
     found: dict[str, list[Piece]] = {}
     for piece in hf.own_pieces(model):
@@ -100,4 +103,5 @@ def replace_leaf(model: nn.Module, name: str, matrices: Sequence[Quantised]) -> 
 
 
 def on(matrix: Quantised, device: torch.device | str) -> Quantised:
-    return Quantised(matrix.form, matrix.codes.to(device), matrix.scales.to(device), matrix.block)
+    least = None if matrix.least is None else matrix.least.to(device)
+    return Quantised(matrix.form, matrix.codes.to(device), matrix.scales.to(device), matrix.block, least)

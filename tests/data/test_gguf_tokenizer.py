@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from shoal.data.gguf_tokenizer import CONTROL, PATTERNS, USER_DEFINED, Said, as_json, end_ids, tokenizer_of
+from shoal.data.gguf_tokenizer import CONTROL, PATTERNS, USER_DEFINED, Said, as_json, tokenizer_of, turn_ends
 from shoal.data.tokenizer import PATTERN, Tokenizer, parse
 from shoal.errors import DataError
 
@@ -54,7 +54,7 @@ def test_no_bos_where_the_file_says_so(source):
 
 
 def test_turns_end_at_several_tokens(source):
-    assert end_ids(settings(source, "qwen2")) == (source.eos_id, 5)
+    assert turn_ends(settings(source, "qwen2"), 400) == (source.eos_id, 5)
 
 
 def test_a_whole_tokenizer_in_the_file_is_taken_as_it_is():

@@ -10,7 +10,7 @@ from bench.parity import our_log_probs, random_config
 from shoal.errors import ModelError
 from shoal.model import hf
 from shoal.model.config import GQAConfig, Llama3RopeConfig, ModelConfig, YarnConfig
-from shoal.model.gguf import GGUF, load
+from shoal.model.gguf import GGUF
 from shoal.model.gguf_blocks import decoded
 from shoal.model.gguf_config import model_config
 from shoal.model.gguf_file import KINDS
@@ -66,7 +66,7 @@ def test_a_model_comes_back_as_it_was(tmp_path, architecture, seed):
         config = replace(config, rope_scaling=scaling, rope_theta=LLAMA.rope_theta)
     model = random_model(config)
     gguf_models.write(model, tmp_path / "m.gguf", whole_kv_b=seed == 1, merged=seed == 1)
-    again = load(tmp_path / "m.gguf", torch.float32)
+    again = hf.load(tmp_path / "m.gguf", torch.float32)
     assert again.config == config
     state = again.state_dict()
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
@@ -88,7 +88,7 @@ def test_numbers_are_those_that_were_written(tmp_path, kinds, preset):
     config = LLAMA if preset == "llama" else wide(PRESETS["tiny"])
     source = random_model(config)
     numbers = gguf_models.write(source, tmp_path / "m.gguf", KIND_SETS[kinds], merged=kinds == "q4_0")
-    model = load(tmp_path / "m.gguf", torch.float32)
+    model = hf.load(tmp_path / "m.gguf", torch.float32)
     dequantised = Transformer(config)
     dequantised.load_state_dict(source.state_dict() | {n: x for n, x in numbers.items() if n != "rope_freqs"})
     assert torch.equal(log_probs(model), log_probs(dequantised))
@@ -183,7 +183,7 @@ def test_a_split_model_is_one(tmp_path):
     gguf_models.write(source, tmp_path / "m.gguf", split_max_tensors=5)
     files = sorted(tmp_path.glob("*.gguf"))
     assert len(files) > 2
-    assert torch.equal(log_probs(load(files[0], torch.float32)), log_probs(source))
+    assert torch.equal(log_probs(hf.load(files[0], torch.float32)), log_probs(source))
     with pytest.raises(ModelError, match="part 2"):
         GGUF(files[1])
     files[2].unlink()
