@@ -15,7 +15,6 @@ llama.cpp's converter did to some tensors is undone:
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,42 +27,13 @@ from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConf
 from shoal.model.gguf_blocks import decoded, in_few_bits
 from shoal.model.gguf_config import FIX, Settings, model_config
 from shoal.model.gguf_file import AGAIN, Entry, GGUFFile
+from shoal.model.gguf_names import FREQUENCIES, merged_name, split_name, stored_name
 from shoal.model.hf_names import Piece, copies, pieces
 from shoal.model.rope import frequencies
 from shoal.model.transformer import Transformer
 from shoal.ops.quant import Quantised
 
-OUTER = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
-LAYER = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.kv_b_proj": "attn_kv_b",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp",
-    "enorm": "nextn.enorm",
-    "hnorm": "nextn.hnorm",
-    "eh_proj": "nextn.eh_proj",
-    "shared_head.norm": "nextn.shared_head_norm",
-    "shared_head.head": "nextn.shared_head_head",
-    "embed_tokens": "nextn.embed_tokens",
-}
-EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
-OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-FREQUENCIES = "rope_freqs.weight"
+MOST_EXPERTS = 2**18  # in all layers; V3 has 15,616
 NUMBERS_AT_ONCE = 2**24  # that `copy` computes in fp32
 
 
@@ -76,6 +46,7 @@ class GGUF:
         self.files = GGUFFile(self.path)
         self.metadata, self.entries = self.files.metadata, self.files.entries
         self.config = self._config()
+        self._is_as_large_as_it_says()
         with torch.device("meta"):
             state = Transformer(self.config).state_dict()
         self.pieces = {p.name: p for p in pieces(self.config, ((name, tuple(x.shape)) for name, x in state.items()))}
@@ -134,6 +105,15 @@ class GGUF:
         expected = "those of Llama-3.1: original 8192, low 1, high 4"
         raise ModelError(f"{self.path}: {FREQUENCIES} has other factors", expected, FIX)
 
+    def _is_as_large_as_it_says(self) -> None:
+        """Before anything is made for each layer and expert."""
+        c = self.config
+        for layer in range(c.n_layers):
+            self._entry(f"blk.{layer}.attn_norm.weight")
+        if c.moe and c.n_layers * c.moe.n_routed_experts > MOST_EXPERTS:
+            got = f"{self.path} says {c.n_layers} layers of {c.moe.n_routed_experts} experts"
+            raise disagrees(got, f"at most {MOST_EXPERTS:,} experts")
+
     def _check(self) -> None:
         used = {FREQUENCIES} if isinstance(self.config.rope_scaling, Llama3RopeConfig) else set()
         for piece in self.pieces.values():
@@ -143,43 +123,25 @@ class GGUF:
                     raise disagrees(f"{name} has shape {list(found)}", f"{list(shape)}")
                 used.add(name)
         for copy in copies(self.config):
-            used.add(self._name(copy.name))
-        used |= {name.replace("attn_kv_b", f"attn_{x}_b") for name in used for x in "kv" if "attn_kv_b" in name}
+            used.add(stored_name(copy.name))
+        used |= {split_name(name, half) for name in used for half in "kv"}  # some files have both
         if extra := sorted(self.entries.keys() - used):
             raise disagrees(f"{self.path} holds {len(extra)} tensors the model has no place for: {extra[0]}", "none")
 
     def _stored(self, piece: Piece) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The tensors of the file that hold a piece, with the shapes they must have."""
-        rest = piece.name.partition("model.layers.")[2].partition(".")[2]
-        if expert := EXPERT.fullmatch(rest):
-            c = self.config
+        c, a, name = self.config, self.config.attention, stored_name(piece.name)
+        if piece.expert is not None:
             assert c.moe is not None
-            name = self._stack(piece.name, expert[2])
             rows, columns = piece.shape
-            yield name, (c.moe.n_routed_experts, rows * (2 if "gate_up" in name else 1), columns)
-        elif (name := self._name(piece.name)).endswith("attn_kv_b.weight") and name not in self.entries:
-            a = self.config.attention
+            merged = merged_name(name) != name and merged_name(name) in self.entries
+            yield merged_name(name) if merged else name, (c.moe.n_routed_experts, rows * (1 + merged), columns)
+        elif name.endswith("attn_kv_b.weight") and name not in self.entries:
             assert isinstance(a, MLAConfig)
-            yield name.replace("kv_b", "k_b"), (a.n_heads, a.kv_lora_rank, a.qk_nope_head_dim)
-            yield name.replace("kv_b", "v_b"), (a.n_heads, a.v_head_dim, a.kv_lora_rank)
+            yield split_name(name, "k"), (a.n_heads, a.kv_lora_rank, a.qk_nope_head_dim)
+            yield split_name(name, "v"), (a.n_heads, a.v_head_dim, a.kv_lora_rank)
         else:
             yield name, piece.shape
-
-    def _name(self, name: str) -> str:
-        """Of the tensor that a piece has to itself."""
-        found = OF_LAYER.fullmatch(name)
-        if found is None:
-            return f"{OUTER[name]}.weight"
-        if found[2] == "mlp.gate.e_score_correction_bias":
-            return f"blk.{found[1]}.exp_probs_b.bias"
-        module, _, leaf = found[2].rpartition(".")
-        return f"blk.{found[1]}.{LAYER[module]}.{leaf}"
-
-    def _stack(self, name: str, which: str) -> str:
-        """Of all experts' matrices."""
-        layer = f"blk.{name.split('.')[2]}"
-        merged = f"{layer}.ffn_gate_up_exps.weight"
-        return merged if which != "down" and merged in self.entries else f"{layer}.ffn_{which}_exps.weight"
 
     def _entry(self, name: str) -> Entry:
         found = self.entries.get(name)
@@ -189,33 +151,30 @@ class GGUF:
 
     def _rows(self, piece: Piece, first: int, n: int) -> Tensor | Quantised:
         """[n, columns] of a piece from its row `first` on."""
-        name, *values = (name for name, _ in self._stored(piece))
-        if values:
+        (name, _), *more = stored = list(self._stored(piece))
+        if more:
             assert n == rows_of(piece.shape), (piece, first, n)
-            return self._key_value_up(name, *values)
+            keys_HCN, values_HVC = (self._dense(name).view(shape) for name, shape in stored)
+            return torch.cat((keys_HCN.mT, values_HVC), 1).flatten(0, 1)
         if piece.expert is not None:
             first += piece.expert * self.entries[name].shape[-2] + (piece.first_row if "gate_up" in name else 0)
         rows = self.files.rows(name, first, n)
         if self.metadata["general.architecture"] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            rows = self.files.rows(name, 0, rows_of(piece.shape))[self._interleaved(piece)[first : first + n]]
+            assert isinstance(self.config.attention, GQAConfig)
+            places = interleaved(rows_of(piece.shape), self.config.attention.head_dim)
+            rows = self.files.rows(name, 0, len(places))[places[first : first + n]]
         return decoded(rows, self.entries[name].kind, name)
-
-    def _interleaved(self, piece: Piece) -> Tensor:
-        """Where each row of a query or key matrix is kept: rotary pairs are neighbours there, halves of a head here."""
-        assert isinstance(self.config.attention, GQAConfig)
-        head_dim = self.config.attention.head_dim
-        return torch.arange(piece.shape[0]).view(-1, head_dim // 2, 2).mT.flatten()
-
-    def _key_value_up(self, keys: str, values: str) -> Tensor:
-        """[H·(N+V), C] from [H, C, N] and [H, V, C]."""
-        up_k_HCN, up_v_HVC = self._dense(keys), self._dense(values)
-        return torch.cat((up_k_HCN.mT, up_v_HVC), 1).flatten(0, 1)
 
     def _dense(self, name: str) -> Tensor:
         """A whole tensor: floats as they are, all else in fp32."""
         e = self._entry(name)
         found = decoded(self.files.rows(name, 0, rows_of(e.shape)), e.kind, name)
         return (found.dequantise() if isinstance(found, Quantised) else found).view(e.shape)
+
+
+def interleaved(n_rows: int, head_dim: int) -> Tensor:
+    """Where llama's files keep each row of a query or key matrix: rotary pairs are neighbours there, halves here."""
+    return torch.arange(n_rows).view(-1, head_dim // 2, 2).mT.flatten()
 
 
 def rows_of(shape: tuple[int, ...]) -> int:
