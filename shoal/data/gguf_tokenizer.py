@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shoal.data.tokenizer import Tokenizer
+from shoal.data.tokenizer import Tokenizer, parse
 from shoal.errors import DataError
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 FIX = "take the model's Hugging Face folder, or convert it with a newer llama.cpp"
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -141,3 +141,41 @@ def as_json(said: Said, tokens: list[str]) -> str:
 def added_token(i: int, content: str, special: bool) -> dict:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": i, "content": content, **flags, "special": special}
+
+
+def settings_of(tokenizer: Tokenizer) -> dict[str, bool | int | str | list[str] | np.ndarray]:
+    """A tokenizer as a GGUF file's settings, its tokenizer.json among them. Raises DataError.
+
+    Where its patterns are none of the published ones, `pre` is "gpt-2", and llama.cpp will split text otherwise: give
+    it ids then.
+    """
+    spec = parse(tokenizer.text)
+    merges = spec["model"].get("merges")
+    if spec["model"].get("type") != "BPE" or "ByteLevel" not in str(tokenizer.full.decoder):
+        raise DataError("a tokenizer that isn't byte-level BPE", "one of GPT-2's kind", "export a folder instead")
+    added = tokenizer.full.get_added_tokens_decoder()
+    names = [tokenizer.name(i) for i in range(tokenizer.vocab_size)]
+    kinds = [
+        UNUSED if name is None else NORMAL if i not in added else CONTROL if added[i].special else USER_DEFINED
+        for i, name in enumerate(names)
+    ]
+    found = {
+        "model": "gpt2",
+        "pre": published(spec) or "gpt-2",
+        "tokens": [f"[PAD{i}]" if name is None else name for i, name in enumerate(names)],
+        "token_type": np.array(kinds, np.int32),
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "add_bos_token": tokenizer.bos_id is not None,
+    }
+    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    whole = {"tokenizer.huggingface.json": tokenizer.text}
+    return {f"tokenizer.ggml.{key}": x for key, x in found.items() if x is not None} | template | whole
+
+
+def published(spec: dict) -> str | None:
+    """The name of a tokenizer's patterns, where they are known."""
+    splits = (spec.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    patterns = tuple((split.get("pattern") or {}).get("Regex") for split in splits if split.get("type") == "Split")
+    return next((name for name, known in PATTERNS.items() if known == patterns), None)

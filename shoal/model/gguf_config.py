@@ -1,4 +1,4 @@
-"""What a GGUF file's settings say of its model: llama.cpp's keys turned into config.json's, which hf_config reads.
+"""What a GGUF file's settings say of its model: llama.cpp's keys for config.json's, which hf_config reads and writes.
 
 | architecture | model_type |
 |---|---|
@@ -14,11 +14,12 @@ Torch-free.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shoal.errors import ModelError
-from shoal.model.config import ModelConfig
-from shoal.model.hf_config import read_config
+from shoal.model.config import MLAConfig, ModelConfig, YarnConfig
+from shoal.model.hf_config import read_config, to_hf_config
 
 if TYPE_CHECKING:
     from shoal.model.gguf_file import Value
@@ -72,6 +73,8 @@ NEUTRAL = {  # what the model doesn't do, and the value that says so
     "rope.scaling.yarn_attn_factor": 1,
     "rope.scaling.yarn_ext_factor": 1,
 }
+REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "expert_weights_scale")
+NO_EXPERTS = {"expert_shared_count": 0, "expert_feed_forward_length": 1}  # which llama.cpp asks for all the same
 FIX = "open the file with llama.cpp, or take the model's Hugging Face folder"
 
 
@@ -178,3 +181,53 @@ def rope_scaling(s: Settings) -> dict | None:
         raise s.bad("rope.scaling.yarn_log_multiplier", "a number")
     all_dim = float(f"{10 * tenth:.6g}")
     return {"type": "yarn", "mscale": all_dim or 1.0, "mscale_all_dim": all_dim, **s.translated(YARN)}
+
+
+def settings_of(config: ModelConfig, where: str) -> dict[str, bool | int | float | str]:
+    """A model's settings, its multi-token modules left out, as llama.cpp's converter does. Raises ModelError."""
+    config = replace(config, n_mtp=0)
+    raw = to_hf_config(config, "bfloat16", None, None)
+    kind = raw["model_type"]
+    architecture = "deepseek2" if kind.startswith("deepseek") else kind
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{where} is a {kind} model", "a model of DeepSeek's, Llama or Qwen2", "export a folder instead"
+        )
+    known = COMMON | (LATENT | EXPERTS if architecture == "deepseek2" else GROUPED)
+    found = {ours: raw[theirs] for ours, theirs in known.items() if raw.get(theirs) is not None}
+    found |= {key: float(found[key]) for key in REAL if key in found}
+    found |= {"vocab_size": config.vocab_size, "block_count": config.n_layers, "rope.dimension_count": config.rope_dim}
+    found |= latent_settings(config) if isinstance(config.attention, MLAConfig) else {}
+    found |= stretching(config, where) if isinstance(config.rope_scaling, YarnConfig) else {}
+    return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in found.items()}
+
+
+def latent_settings(c: ModelConfig) -> dict:
+    """One key-value head as wide as the latent, to which the heads are absorbed; what their own widths are."""
+    a = c.attention
+    assert isinstance(a, MLAConfig)
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": a.kv_lora_rank + a.qk_rope_head_dim,
+        "attention.value_length": a.kv_lora_rank,
+        "attention.key_length_mla": a.qk_nope_head_dim + a.qk_rope_head_dim,
+        "attention.value_length_mla": a.v_head_dim,
+        "leading_dense_block_count": c.moe.n_dense_layers if c.moe else c.n_layers,
+        **({"expert_gating_func": 2 if c.moe.scoring == "sigmoid" else 1} if c.moe else NO_EXPERTS),
+    }
+
+
+def stretching(c: ModelConfig, where: str) -> dict:
+    yarn = c.rope_scaling
+    assert isinstance(yarn, YarnConfig)
+    if yarn.mscale != yarn.mscale_all_dim or not isinstance(c.attention, MLAConfig):
+        got = f"{where} has mscale {yarn.mscale:g} and mscale_all_dim {yarn.mscale_all_dim:g}"
+        raise ModelError(got, "the same in both: llama.cpp knows one of them", "export a folder instead")
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(yarn.factor),
+        "rope.scaling.original_context_length": yarn.original,
+        "rope.scaling.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim,
+        "rope.scaling.yarn_beta_fast": float(yarn.beta_fast),
+        "rope.scaling.yarn_beta_slow": float(yarn.beta_slow),
+    }
