@@ -33,14 +33,19 @@ HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2**21, 14, 25
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
 
-@cache
-def _library() -> tuple[ctypes.CDLL | None, str]:
+def wanted() -> str:
+    """native or reference, by SHOAL_KERNELS: on a GPU too."""
     asked = os.environ.get("SHOAL_KERNELS") or "native"
     if asked not in ("native", "reference"):
         raise ConfigError(
             f"SHOAL_KERNELS={asked}", "native (where the machine can) or reference", "correct or unset it"
         )
-    if asked == "reference":
+    return asked
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    if wanted() == "reference":
         return None, "reference (SHOAL_KERNELS=reference)"
     lacking = NEEDED - cpu_flags()
     if lacking:

@@ -1,11 +1,14 @@
 """Which implementation of each operation runs: the reference, or a fast twin where the machine has one.
 
 The choice is by tensor: bf16 on a CPU with AVX512-BF16 goes to the C kernels (cpu.py), and so does AdamW on fp32
-masters there; grouped products go to `F.grouped_mm` on a GPU and to `GroupedLinear`, below, on any CPU; all else is
+masters there; on a GPU, where Triton is installed, expert rows and attention over a latent cache go to its kernels
+(triton_*.py); grouped products go to `F.grouped_mm` on a GPU and to `GroupedLinear`, below, on any CPU; all else is
 reference.py's. `describe` says it in a line for the log. Shapes are reference.py's.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from itertools import accumulate, groupby
 
 import torch
@@ -22,7 +25,19 @@ GATHER_BYTES = 64 << 20  # of keys copied out of a paged cache at a time
 
 
 def describe() -> str:
-    return f"kernels: {cpu.status()}" + (", grouped products and SDPA on the GPU" if torch.cuda.is_available() else "")
+    return f"kernels: {cpu.status()}" + (f", on the GPU {gpu_status()}" if torch.cuda.is_available() else "")
+
+
+def gpu_status() -> str:
+    if triton_kernels():
+        return "Triton's for expert rows and latent attention, torch's for the rest"
+    return "torch's (SHOAL_KERNELS=reference)" if cpu.wanted() == "reference" else "torch's (no Triton here)"
+
+
+@cache
+def triton_kernels() -> bool:
+    """Whether tensors on a GPU go to Triton's kernels. The modules that define them are imported when one does."""
+    return cpu.wanted() == "native" and find_spec("triton") is not None
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -40,12 +55,20 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 def gather_rows(x_TD: Tensor, places: Places) -> Tensor:
     if cpu.takes(x_TD, x_TD.shape[1]):
         return cpu.GatherRows.apply(x_TD, places.token_M, places.place_TK)  # type: ignore[return-value]
+    if x_TD.is_cuda and triton_kernels():
+        from shoal.ops import triton_experts
+
+        return triton_experts.GatherRows.apply(x_TD, places.place_TK)  # type: ignore[return-value]
     return reference.gather_rows(x_TD, places)
 
 
 def weigh_rows(y_MD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
     if weights_TK.dtype is torch.float32 and cpu.takes(y_MD, y_MD.shape[1]):
         return cpu.WeighRows.apply(y_MD, weights_TK, places.place_TK)  # type: ignore[return-value]
+    if y_MD.is_cuda and triton_kernels():
+        from shoal.ops import triton_experts
+
+        return triton_experts.WeighRows.apply(y_MD, weights_TK, places.place_TK)  # type: ignore[return-value]
     return reference.weigh_rows(y_MD, weights_TK, places)
 
 
@@ -156,6 +179,10 @@ def paged_latent_attention(
     q_THW: Tensor, latent_PUW: Tensor, table_TP: Tensor, seen_T: Tensor, C: int, scale: float
 ) -> Tensor:
     """The same over a latent cache: one key for all heads, whose first C numbers are the value too. [T, H, C]."""
+    if q_THW.is_cuda and triton_kernels():
+        from shoal.ops import triton_latent
+
+        return triton_latent.paged_latent_attention(q_THW, latent_PUW, table_TP, seen_T, C, scale)
     rows = _gathered_together(table_TP, latent_PUW[0].numel())
     parts = zip(q_THW.split(rows), table_TP.split(rows), seen_T.split(rows))
     return torch.cat(

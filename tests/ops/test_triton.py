@@ -1,0 +1,56 @@
+"""Attention over a latent cache and expert rows on a GPU equal their references."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.interpreted import DEVICE, bf16, hardware_numbers, relative_error  # isort: skip  (before any kernel)
+
+from shoal.ops import dispatch, reference, triton_experts, triton_latent
+
+pytestmark = pytest.mark.usefixtures(hardware_numbers.__name__)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("H, C, R, splits", [(5, 48, 16, 1), (20, 32, 8, 3)])
+def test_latent_attention_over_ragged_pages(H, C, R, splits, dtype, tolerance):
+    """Against the reference in fp32: bf16 rounds probabilities before they weigh, and the result."""
+    seen_T = torch.tensor([1, 64, 200], device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    table_TP = torch.randperm(40, generator=generator)[:15].view(3, 5)[:, :4].to(DEVICE)
+    q, latent = (
+        torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in ((3, H, C + R), (40, 64, C + R))
+    )
+    o = triton_latent.paged_latent_attention(q, latent, table_TP, seen_T, C, 0.3, splits)
+    expected = reference.paged_latent_attention(q.float(), latent.float(), table_TP, seen_T, C, 0.3)
+    assert o.dtype is dtype and relative_error(o, expected) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_go_out_to_experts_and_come_back(dtype: torch.dtype):
+    """Outputs and gradients; sums are fp32 on both sides, rounded once."""
+    T, E, K, D = 7, 5, 3, 1100
+    choice = torch.rand(T, E, generator=torch.Generator().manual_seed(0)).topk(K).indices.to(DEVICE)
+    places = reference.sort_by_expert(choice, E)
+    x, rows, weights = bf16(T, D).to(dtype), bf16(T * K, D, seed=1).to(dtype), bf16(T, K, seed=2).float()
+    gather = lambda x: triton_experts.GatherRows.apply(x, places.place_TK)  # noqa: E731
+    weigh = lambda y, w: triton_experts.WeighRows.apply(y, w, places.place_TK)  # noqa: E731
+    twins(gather, lambda x: reference.gather_rows(x, places), [x])
+    twins(weigh, lambda y, w: reference.weigh_rows(y, w, places), [rows, weights])
+
+
+def twins(fast, slow, inputs: list[Tensor]) -> None:
+    """Outputs and gradients, the slow one's in fp32 and then rounded."""
+    ours = [x.clone().requires_grad_() for x in inputs]
+    exact = [x.float().requires_grad_() for x in inputs]
+    y, expected = fast(*ours), slow(*exact)
+    grad = bf16(*y.shape, seed=9).to(y.dtype)
+    y.backward(grad)
+    expected.backward(grad.float())
+    for a, b in [(y, expected), *((a.grad, b.grad) for a, b in zip(ours, exact))]:
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=2**-7 if a.dtype is torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+def test_kernels_can_be_wished_away(monkeypatch):
+    monkeypatch.setenv("SHOAL_KERNELS", "reference")
+    assert not dispatch.triton_kernels.__wrapped__()
