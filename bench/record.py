@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RECORDS = Path(__file__).parent.parent / "records"
-PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "litgpt")
+PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "litgpt", "triton")
 
 
 def emit(name: str, *, ratio, ours, peer, spread, limit, **more) -> dict:
