@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from shoal.engine.experts import Job, Matrix, Store, opened, read_into
 from shoal.model.hf_files import Entry
 from shoal.ops import dispatch as ops
-from shoal.ops import quant
 from shoal.ops.quant import Quantised
 from shoal.runtime import resident_bytes
 
@@ -266,6 +265,10 @@ class OffloadedExperts(nn.Module):
         super().__init__()
         self.offload, self.mixture, self.down = offload, mixture, range(offload.E)
 
+    def like(self) -> tuple[Matrix, Matrix, Matrix]:
+        """Matrices of the form and sizes that all of them have; of their numbers nothing is known."""
+        return self.offload.store.matrices(0, 0)
+
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         ends, rows_MD = counts_E.cumsum(0).tolist(), x_MD.cpu()
         y_MD, counts = torch.empty_like(rows_MD), counts_E.tolist()
@@ -278,7 +281,7 @@ class OffloadedExperts(nn.Module):
 
 
 def product(x: Tensor, weight: Matrix) -> Tensor:
-    return quant.linear(x, weight) if isinstance(weight, Quantised) else F.linear(x, weight.to(x.dtype))
+    return ops.quantised_linear(x, weight) if isinstance(weight, Quantised) else F.linear(x, weight.to(x.dtype))
 
 
 class StoredRows(nn.Module):

@@ -43,7 +43,7 @@ class Segments:
                 first = mixture.routed
                 for batch in batches:
                     for e, matrices in batch:
-                        mixture.experts.place(e, *matrices)  # pyright: ignore[reportArgumentType]
+                        mixture.experts.place(e, *matrices)
                     self.program.run(rows, mixture.gated + 2, first, partly=True)
                     for e, _ in batch:
                         mixture.experts.clear(e)
