@@ -48,7 +48,7 @@ class Router(nn.Module):
         return self.weighed(scores_TE, choice_TE.topk(c.n_activated, sorted=False).indices)
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        logits_TE = F.linear(x_TD.float(), self.weight)
+        logits_TE: Tensor = _WideLinear.apply(x_TD, self.weight)  # type: ignore[assignment]
         return logits_TE.sigmoid() if self.config.scoring == "sigmoid" else logits_TE.softmax(-1)
 
     def weighed(self, scores_TE: Tensor, experts_TK: Tensor) -> Routes:
@@ -56,6 +56,20 @@ class Router(nn.Module):
         if self.config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return Routes(experts_TK, weights_TK * self.config.routed_scaling_factor, scores_TE)
+
+
+class _WideLinear(torch.autograd.Function):
+    """x Wᵀ in fp32, keeping x as it came: other leaves keep it too, and autograd would keep a copy in fp32."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(x_TD.float(), weight_ED)
+
+    @staticmethod
+    def backward(ctx, d_TE: Tensor):
+        x_TD, weight_ED = ctx.saved_tensors
+        return (d_TE @ weight_ED).type_as(x_TD), d_TE.t() @ x_TD.float()
 
 
 class Replayed(nn.Module):

@@ -158,7 +158,7 @@ def saved(config: ModelConfig, layer: int) -> int:
         feed_forward = 3 * config.hidden_dim  # gate, up, silu(gate) · up
     else:
         rows = m.n_activated * (2 * d + 3 * m.moe_dim)  # gathered input, output before it is weighted
-        router = 2 * d + 4 * m.n_routed_experts  # fp32, so twice as wide: its input, its scores twice
+        router = 4 * m.n_routed_experts  # fp32, so twice as wide: its scores twice
         feed_forward = rows + 3 * m.n_shared_experts * m.moe_dim + router
     return attention + feed_forward + 4 * d
 
@@ -185,7 +185,7 @@ def saved_beside(config: ModelConfig, layer: int) -> int:
     else:
         attention = 2 * a.head_dim * (a.n_heads + a.n_kv_heads)
     routed = m is not None and config.is_moe(layer)
-    rows = m.n_activated * d + 2 * d + 4 * m.n_routed_experts if m and routed else 0
+    rows = m.n_activated * d + d + 4 * m.n_routed_experts if m and routed else 0
     return attention + 2 * d + rows
 
 

@@ -78,3 +78,19 @@ def test_a_mixture_is_the_shared_expert_and_the_weighted_chosen_ones():
             gate, up = (moe.experts.gate_up[e] @ x_TD[t]).chunk(2)
             expected[t] = expected[t] + weight * (moe.experts.down[e] @ (F.silu(gate) * up))
     torch.testing.assert_close(y_TD, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_routers_product_is_in_fp32_and_keeps_what_it_read():
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(3)).bfloat16().requires_grad_()
+    router, d = Router(16, V3), torch.randn(12, 8, generator=torch.Generator().manual_seed(4))
+    router.weight.data.normal_(generator=torch.Generator().manual_seed(5))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        scores = router.scores(x)
+    scores.backward(d)
+    assert [t.data_ptr() for t in kept if t.shape == x.shape] == [x.data_ptr()]
+    found, weight = x.grad, router.weight.grad
+    x.grad, router.weight.grad = None, None
+    F.linear(x.float(), router.weight).sigmoid().backward(d)
+    assert found is not None and weight is not None and x.grad is not None and router.weight.grad is not None
+    assert torch.equal(found, x.grad) and torch.equal(weight, router.weight.grad)
