@@ -120,9 +120,10 @@ class Fp8Linear(Linear):
         self.kept = kept
 
     def forward(self, x: Tensor) -> Tensor:
-        operand, kept = _row_tiles(x, self.scales)
         if self.kept == "e5m6":
-            kept = fp8_tiles.e5m6(x.detach())
+            operand, kept = fp8_tiles.passing_rows(x.detach(), self.scales), fp8_tiles.e5m6(x.detach())
+        else:
+            operand, kept = _row_tiles(x, self.scales)
         y = _Product.apply(x, _all(x), operand, kept, self.scales, self.weight)
         return y if self.bias is None else y + self.bias  # type: ignore[return-value]
 
