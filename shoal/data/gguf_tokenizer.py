@@ -143,30 +143,33 @@ def added_token(i: int, content: str, special: bool) -> dict:
     return {"id": i, "content": content, **flags, "special": special}
 
 
-def settings_of(tokenizer: Tokenizer) -> dict[str, bool | int | str | list[str] | np.ndarray]:
+def settings_of(
+    tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...] = ()
+) -> dict[str, bool | int | str | list[str] | np.ndarray]:
     """A tokenizer as a GGUF file's settings, its tokenizer.json among them. Raises DataError.
 
-    Where its patterns are none of the published ones, `pre` is "gpt-2", and llama.cpp will split text otherwise: give
-    it ids then.
+    `vocab_size` are the model's rows, all of which llama.cpp wants a token for; `ends` the tokens that end a turn, of
+    which it knows one besides EOS. Where the tokenizer's patterns are none of the published ones, `pre` is "gpt-2", and
+    llama.cpp will split text otherwise.
     """
     spec = parse(tokenizer.text)
-    merges = spec["model"].get("merges")
     if spec["model"].get("type") != "BPE" or "ByteLevel" not in str(tokenizer.full.decoder):
         raise DataError("a tokenizer that isn't byte-level BPE", "one of GPT-2's kind", "export a folder instead")
     added = tokenizer.full.get_added_tokens_decoder()
-    names = [tokenizer.name(i) for i in range(tokenizer.vocab_size)]
+    names = [tokenizer.name(i) for i in range(vocab_size)]
     kinds = [
         UNUSED if name is None else NORMAL if i not in added else CONTROL if added[i].special else USER_DEFINED
         for i, name in enumerate(names)
     ]
     found = {
         "model": "gpt2",
-        "pre": published(spec) or "gpt-2",
+        "pre": published(tokenizer) or "gpt-2",
         "tokens": [f"[PAD{i}]" if name is None else name for i, name in enumerate(names)],
         "token_type": np.array(kinds, np.int32),
-        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in spec["model"].get("merges") or []],
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
+        "eot_token_id": next((i for i in ends if i != tokenizer.eos_id), None),
         "add_bos_token": tokenizer.bos_id is not None,
     }
     template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
@@ -174,8 +177,8 @@ def settings_of(tokenizer: Tokenizer) -> dict[str, bool | int | str | list[str] 
     return {f"tokenizer.ggml.{key}": x for key, x in found.items() if x is not None} | template | whole
 
 
-def published(spec: dict) -> str | None:
+def published(tokenizer: Tokenizer) -> str | None:
     """The name of a tokenizer's patterns, where they are known."""
-    splits = (spec.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    splits = (parse(tokenizer.text).get("pre_tokenizer") or {}).get("pretokenizers") or []
     patterns = tuple((split.get("pattern") or {}).get("Regex") for split in splits if split.get("type") == "Split")
     return next((name for name, known in PATTERNS.items() if known == patterns), None)

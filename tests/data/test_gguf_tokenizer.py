@@ -7,14 +7,23 @@ import numpy as np
 import pytest
 import tokenizers
 
-from shoal.data.gguf_tokenizer import CONTROL, PATTERNS, USER_DEFINED, Said, as_json, tokenizer_of, turn_ends
+from shoal.data.gguf_tokenizer import (
+    CONTROL,
+    PATTERNS,
+    USER_DEFINED,
+    Said,
+    as_json,
+    settings_of,
+    tokenizer_of,
+    turn_ends,
+)
 from shoal.data.tokenizer import PATTERN, Tokenizer, parse
 from shoal.errors import DataError
 
 TEXTS = ["def f(x):\n    return [12345, x]  # it's 漢字 and Ω\n", "I'LL see you're 7 years, déjà vu!\r\n\t ok"] * 9
 
 
-def settings(tokenizer: Tokenizer, pre: str) -> dict:
+def converted(tokenizer: Tokenizer, pre: str) -> dict:
     """As llama.cpp's converter writes them."""
     added = tokenizer.full.get_added_tokens_decoder()
     kinds = [
@@ -39,7 +48,7 @@ def source() -> Tokenizer:
 
 
 def test_the_same_ids_and_text(source):
-    found = tokenizer_of(settings(source, "deepseek-r1-qwen"), "m.gguf")
+    found = tokenizer_of(converted(source, "deepseek-r1-qwen"), "m.gguf")
     for text in (*TEXTS[:2], "", "<｜User｜>", "<think>hm</think>", "𝄞\0 e\u0301"):
         assert found.encode(text) == source.encode(text)
         assert found.decode(found.encode(text)) == text
@@ -50,16 +59,16 @@ def test_the_same_ids_and_text(source):
 
 
 def test_no_bos_where_the_file_says_so(source):
-    assert tokenizer_of(settings(source, "qwen2") | {"tokenizer.ggml.add_bos_token": False}, "m").bos_id is None
+    assert tokenizer_of(converted(source, "qwen2") | {"tokenizer.ggml.add_bos_token": False}, "m").bos_id is None
 
 
 def test_turns_end_at_several_tokens(source):
-    assert turn_ends(settings(source, "qwen2"), 400) == (source.eos_id, 5)
+    assert turn_ends(converted(source, "qwen2"), 400) == (source.eos_id, 5)
 
 
 def test_a_whole_tokenizer_in_the_file_is_taken_as_it_is():
     ours = Tokenizer.train(TEXTS, 400, PATTERN)
-    said = settings(ours, "gpt-2") | {"tokenizer.huggingface.json": ours.text, "tokenizer.chat_template": "{{ 1 }}"}
+    said = converted(ours, "gpt-2") | {"tokenizer.huggingface.json": ours.text, "tokenizer.chat_template": "{{ 1 }}"}
     found = tokenizer_of(said, "m")
     assert found.sha256 == ours.sha256 and found.chat_template == "{{ 1 }}"
 
@@ -72,7 +81,7 @@ def pre_tokenizer(text: str) -> tokenizers.pre_tokenizers.PreTokenizer:
 
 @pytest.mark.parametrize("pre", PATTERNS)
 def test_every_pattern_is_one_that_the_library_takes(source, pre):
-    text = as_json(Said(settings(source, pre), "m"), settings(source, pre)["tokenizer.ggml.tokens"])
+    text = as_json(Said(converted(source, pre), "m"), converted(source, pre)["tokenizer.ggml.tokens"])
     split = pre_tokenizer(text).pre_tokenize_str("Ab's 1234年漢字 héllo!x\n\n  ok")
     pieces = [at for _, at in split]
     assert pieces[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(pieces))
@@ -80,7 +89,9 @@ def test_every_pattern_is_one_that_the_library_takes(source, pre):
 
 
 def test_deepseek_v3_splits_as_published(source):
-    text = as_json(Said(settings(source, "deepseek-v3"), "m"), settings(source, "deepseek-v3")["tokenizer.ggml.tokens"])
+    text = as_json(
+        Said(converted(source, "deepseek-v3"), "m"), converted(source, "deepseek-v3")["tokenizer.ggml.tokens"]
+    )
     split = pre_tokenizer(text).pre_tokenize_str("a 12345.foo(b) 漢字x;\n y")
     pieces = ["a 12345.foo(b) 漢字x;\n y"[i:j] for _, (i, j) in split]
     assert pieces == ["a", " ", "123", "45", ".foo", "(b", ")", " ", "漢字", "x", ";\n", " y"]
@@ -101,6 +112,18 @@ def test_deepseek_v3_splits_as_published(source):
     ],
 )
 def test_what_makes_no_tokenizer_is_refused(source, change, match):
-    said = settings(source, "qwen2") | {f"tokenizer.ggml.{name}": value for name, value in change.items()}
+    said = converted(source, "qwen2") | {f"tokenizer.ggml.{name}": value for name, value in change.items()}
     with pytest.raises(DataError, match=match):
         tokenizer_of(said, "m.gguf")
+
+
+def test_what_is_written_is_read(source):
+    said = settings_of(source, 512, (source.eos_id or 0, 9))
+    assert len(said["tokenizer.ggml.tokens"]) == 512 and said["tokenizer.ggml.pre"] == "qwen2"  # type: ignore[arg-type]
+    theirs = {key: value for key, value in said.items() if key != "tokenizer.huggingface.json"}
+    for found in (tokenizer_of(said, "m"), tokenizer_of(theirs, "m")):
+        assert found.encode(TEXTS[1]) == source.encode(TEXTS[1])
+        assert (found.vocab_size, found.bos_id, found.eos_id) == (source.vocab_size, source.bos_id, source.eos_id)
+        assert found.chat_template == source.chat_template
+    assert turn_ends(said, 512) == (source.eos_id, 9)
+    assert settings_of(Tokenizer.train(TEXTS, 400), 400)["tokenizer.ggml.pre"] == "gpt-2"
