@@ -26,6 +26,17 @@ def test_latent_attention_over_ragged_pages(H, C, R, splits, dtype, tolerance):
     assert o.dtype is dtype and relative_error(o, expected) < tolerance
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [128, 16])
+def test_latent_attention_at_v3s_shape(H: int):
+    seen_T = torch.randint(1, 4096, (24,), device=DEVICE)
+    table_TP = torch.randperm(24 * 64, device=DEVICE).view(24, 64)
+    q, latent = (torch.randn(*shape, device=DEVICE).bfloat16() for shape in ((24, H, 576), (24 * 64, 64, 576)))
+    o = triton_latent.paged_latent_attention(q, latent, table_TP, seen_T, 512, 0.1)
+    expected = reference.paged_latent_attention(q.float(), latent.float(), table_TP, seen_T, 512, 0.1)
+    assert relative_error(o, expected) < 4e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_go_out_to_experts_and_come_back(dtype: torch.dtype):
     """Outputs and gradients; sums are fp32 on both sides, rounded once."""

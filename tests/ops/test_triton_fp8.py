@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.interpreted import DEVICE, bf16, hardware_numbers  # isort: skip  (before any kernel)
+from tests.ops.interpreted import DEVICE, bf16, hardware_numbers, relative_error  # isort: skip  (before any kernel)
 
 from shoal.ops import quant_tiles, reference, triton_gemm, triton_quant
 from shoal.ops.quant import Quantised
@@ -90,10 +90,10 @@ def test_products_under_block_scales(engine: bool, scales: Scales, monkeypatch):
     for M, N, K in [(37, 160, 208), (1, 48, 128)]:
         x, weight = triton_quant.rows(bf16(M, K), scales), triton_quant.blocks(bf16(N, K, seed=1), scales)
         y = triton_gemm.linear(x, weight, dtype=torch.float32)
-        close(y, x.dequantise() @ weight.dequantise().mT, x, weight)
+        close(y, x.dequantise() @ weight.dequantise().mT)
         dy = triton_quant.rows(bf16(M, N, seed=2), scales)
         dx = triton_gemm.linear(dy, triton_gemm.turned(weight), dtype=torch.float32)
-        close(dx, dy.dequantise() @ weight.dequantise(), dy, triton_gemm.turned(weight))
+        close(dx, dy.dequantise() @ weight.dequantise())
 
 
 @WAYS
@@ -105,14 +105,13 @@ def test_products_of_each_expert(engine: bool, scales: Scales, monkeypatch):
     x = triton_quant.rows(x_MK, scales)
     y = triton_gemm.linear(x, weight_ENK, counts_E, torch.float32)
     parts = zip(x.dequantise().split(counts), weight_ENK.dequantise())
-    close(y, torch.cat([part @ w.mT for part, w in parts]), x, weight_ENK)
+    close(y, torch.cat([part @ w.mT for part, w in parts]))
 
     dw = triton_gemm.gradient(
         triton_quant.columns(dy_MN, counts_E, scales), triton_quant.columns(x_MK, counts_E, scales), counts_E
     )
     sides = (quant_tiles.column_tiles(side, counts, scales).split(counts) for side in (dy_MN, x_MK))
-    expected = torch.stack([dy.mT @ x for dy, x in zip(*sides)])
-    torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    close(dw, torch.stack([dy.mT @ x for dy, x in zip(*sides)]))
     assert not dw[1].any()
 
 
@@ -123,7 +122,31 @@ def choose(engine: bool, monkeypatch) -> None:
     monkeypatch.setattr(triton_gemm, "has_copy_engine", lambda _: engine)
 
 
-def close(y: Tensor, expected: Tensor, x: Quantised, weight: Quantised) -> None:
-    """fp32 sums of K products in two orders: each off by at most K · 2⁻²⁴ of the sum of magnitudes."""
-    assert y.shape == expected.shape
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+def close(y: Tensor, expected: Tensor) -> None:
+    """The interpreter adds in fp32. Tensor cores first add 128 products in 14 bits (Hopper), then fp32
+    takes over: such a sum is off by some 2⁻¹³ of its largest product, and errors of several average out."""
+    assert y.shape == expected.shape and relative_error(y, expected) < (1e-3 if DEVICE == "cuda" else 1e-6)
+
+
+@pytest.mark.gpu
+def test_products_at_v3s_shapes():
+    x_MK, dy_MN, weight = (
+        torch.randn(*shape, device=DEVICE).bfloat16() for shape in ((1000, 7168), (1000, 4096), (4096, 7168))
+    )
+    x, dy, w = triton_quant.rows(x_MK, "fp32"), triton_quant.rows(dy_MN, "fp32"), triton_quant.blocks(weight, "fp32")
+    close(triton_gemm.linear(x, w, dtype=torch.float32), x.dequantise() @ w.dequantise().mT)
+    close(triton_gemm.linear(dy, triton_gemm.turned(w), dtype=torch.float32), dy.dequantise() @ w.dequantise())
+
+
+@pytest.mark.gpu
+def test_products_of_v3s_experts():
+    """Ragged, some experts without rows."""
+    counts_E = torch.randint(0, 300, (64,), device=DEVICE) * (torch.rand(64, device=DEVICE) < 0.8)
+    counts, (N, K) = counts_E.tolist(), (2048, 1536)
+    x_MK, dy_MN = (torch.randn(sum(counts), width, device=DEVICE).bfloat16() for width in (K, N))
+    x, w = triton_quant.rows(x_MK, "ue8m0"), triton_quant.blocks(torch.randn(64, N, K, device=DEVICE), "ue8m0")
+    expected = reference.grouped_linear(x.dequantise(), w.dequantise(), counts_E)
+    close(triton_gemm.linear(x, w, counts_E, torch.float32), expected)
+    dy, x = (triton_quant.columns(side, counts_E, "ue8m0") for side in (dy_MN, x_MK))
+    sides = (quant_tiles.column_tiles(side, counts, "ue8m0").split(counts) for side in (dy_MN, x_MK))
+    close(triton_gemm.gradient(dy, x, counts_E), torch.stack([a.mT @ b for a, b in zip(*sides)]))
