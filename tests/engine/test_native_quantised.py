@@ -98,13 +98,14 @@ def test_a_program_equals_the_forward_pass(config: ModelConfig, form: Form, grou
     exact, narrow = (x.body(x.embed(tokens), positions, attend)[0] for x in (wide, plain))
     pages, ids = [5, 2], tokens.tolist()
     hidden = torch.cat([runner.body(ids[:7], [Span(0, 7, pages)]), runner.body(ids[7:], [Span(7, N - 7, pages)])])
-    assert median_error(hidden, exact) < 1.7 * median_error(narrow, exact)
+    coarse = form != "fp8" and not invariant  # chunks' inputs have 8 bits
+    assert median_error(hidden, exact) < (3 if coarse else 1.7) * median_error(narrow, exact)
     assert median_error(runner.head(hidden), wide.head(hidden.float())) < 0.01
     if config.n_mtp:
         following = wide.embed(tokens[1:])
         expected = wide.mtp[0](hidden[:-1].float(), following, positions[:-1], Packed([N - 1]))[0]
         ours = runner._module(hidden[:-1], ids[1:], [Span(0, N - 1, pages)])
-        assert median_error(ours, expected) < 0.02
+        assert median_error(ours, expected) < (0.04 if coarse else 0.02)
 
 
 @torch.no_grad()

@@ -175,7 +175,7 @@ static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
     float tile[MOST_ROWS][PANEL];
     for (i64 n = 0; n < c->N + V; n += PANEL) {
         i64 columns = least(c->N + V - n, PANEL);
-        for (i64 j = 0; j < columns; j += BLOCK) pack(w + (n + j) * C, C, panel + 2 * j);
+        for (i64 j = 0; j < columns; j += BLOCK) pack(w + (n + j) * C, C / 2, panel + 2 * j);
         for (i64 at = 0; at < S; at += MOST_ROWS) {
             i64 M = least(S - at, MOST_ROWS);
             for (i64 m = 0; m < MOST_ROWS; m++) xs[m] = token(pages, c->kept, C + c->R, at + least(m, M - 1));

@@ -2,16 +2,16 @@
  * many by panels of packed ones.
  */
 #pragma once
-#include "quantised.h"
+#include "integers.h"
 
-#define MOST_ROWS 6 /* that meet a panel at a time */
 #define MANY 24     /* rows for which packing a panel pays */
 
-/* 16 rows of w, K apart, as 16 columns of a panel: [K/2][PANEL][2]. */
-static void pack(const bf16 *w, i64 K, bf16 *panel) {
-    for (i64 k = 0; k < K; k += 32) {
+/* 16 rows of D pieces of 4 bytes, D apart, as 16 columns of a panel [D][PANEL]. */
+static void pack(const void *w, i64 D, void *panel) {
+    for (i64 d = 0; d < D; d += 16) {
         __m512i r[16], a[16];
-        for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(K - k < 32 ? 0xff : 0xffff, w + i * K + k);
+        __mmask16 valid = D - d < 16 ? (1 << (D - d)) - 1 : 0xffff;
+        for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(valid, (const char *)w + 4 * (i * D + d));
         for (int i = 0; i < 16; i += 2) {
             a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
             a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -31,7 +31,7 @@ static void pack(const bf16 *w, i64 K, bf16 *panel) {
             a[8 + i] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
             a[12 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
         }
-        for (i64 i = 0; i < 16 && k + 2 * i < K; i++) _mm512_storeu_si512(panel + (k / 2 + i) * 2 * PANEL, a[i]);
+        for (i64 i = 0; i < 16 && d + i < D; i++) _mm512_storeu_si512((char *)panel + 4 * (d + i) * PANEL, a[i]);
     }
 }
 
@@ -71,6 +71,16 @@ static const bf16 *plain(const Matrix *w, i64 n, i64 K, bf16 *room) {
     return room;
 }
 
+/* A row of an instruction's x for codes, made by this thread when it first meets it: for dots or for panels. */
+static const Arranged *arranged(const Worker *t, const Matrix *w, i64 row, i64 many) {
+    const Instruction *c = t->code;
+    i64 at = 2 * row + many;
+    Arranged *to = (Arranged *)(t->arranged + at * arranged_bytes(c->K));
+    if (t->whose[at] != c) (many ? arrange_bytes : arrange)((const bf16 *)c->x + row * c->xs, c->K, w, to);
+    t->whose[at] = c;
+    return to;
+}
+
 typedef struct { /* of x, from start to end: by index / divide where there is an index */
     const i64 *index;
     i64 divide, start, end;
@@ -95,7 +105,7 @@ INLINE i64 few_products(const Worker *t, Rows r, i64 row, const Matrix *w, i64 n
         take(c, r, row, 4, xs);
         products(M, row == r.start, xs, (const bf16 *)w->codes + n * c->K, c->K, tile);
     } else {
-        for (i64 m = 0; m < 4; m++) as[m] = arranged(t, w, row_of(r, row + least(m, M - 1)));
+        for (i64 m = 0; m < 4; m++) as[m] = arranged(t, w, row_of(r, row + least(m, M - 1)), 0);
         quantised_products(M, as, w, n, c->K, tile);
     }
     return M;
@@ -109,6 +119,7 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const Matrix *w, i
     const Instruction *c = t->code;
     float tile[MOST_ROWS][PANEL];
     const bf16 *xs[MOST_ROWS];
+    const Arranged *as[MOST_ROWS];
     i64 two = c->stacked == 2, K = c->K, exact = r.end - panel_from < MANY ? r.end : panel_from;
     Rows before = {r.index, r.divide, r.start, exact};
     for (i64 j = 0; j < columns; j += BLOCK)
@@ -119,24 +130,39 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const Matrix *w, i
                 finish(c, r.index ? r.index[row + m] : row + m, n + j, BLOCK, tile[m], tile[m] + BLOCK);
         }
     if (exact == r.end) return;
-    bf16 *panel = (bf16 *)t->room;
-    for (i64 j = 0; j < columns; j += BLOCK)
-        for (i64 i = 0; i <= two; i++)
-            pack(plain(w + i, n + j, K, panel + PANEL * K), K, panel + 2 * (i * columns + j));
+    const int integers = w->form > FP8 && !w->least && !(two && w[1].least);
+    char *panel = t->room, *room = panel + 2 * PANEL * K;
+    float *scales = (float *)(room + 2 * BLOCK * K);
+    for (i64 i = 0; i <= two; i++)
+        for (i64 j = 0; j < columns; j += BLOCK) {
+            char *to = panel + 4 * (i * columns + j);
+            if (integers) {
+                pack(bytes_of_codes(w + i, n + j, K, (uint8_t *)room), K / 4, to);
+                pack_scales(w + i, n + j, K, scales + i * columns + j);
+            } else {
+                pack(plain(w + i, n + j, K, (bf16 *)room), K / 2, to);
+            }
+        }
     /* While these outputs are computed, the weights of this thread's next ones are asked for, slice by slice. */
-    i64 row_of_w = row_bytes(w->form, K), bytes = columns * row_of_w;
+    i64 row_of_w = row_bytes(w->form, K), bytes = columns * row_of_w, NV = (two + 1) * columns / BLOCK;
     i64 slice = bytes / ceil_div(r.end - exact, MOST_ROWS) + 64;
     const char *ahead = (const char *)w->codes + n * row_of_w + AHEAD * bytes;
     const char *ahead2 = two ? (const char *)w[1].codes + n * row_of_w + AHEAD * bytes : NULL;
     for (i64 row = exact; row < r.end; row += MOST_ROWS) {
-        i64 M = take(c, r, row, MOST_ROWS, xs);
+        i64 M = least(r.end - row, MOST_ROWS);
         for (i64 b = 0; b < slice; b += 64) {
             _mm_prefetch(ahead + b, _MM_HINT_T1);
             if (ahead2) _mm_prefetch(ahead2 + b, _MM_HINT_T1);
         }
         ahead += slice;
         if (ahead2) ahead2 += slice;
-        panel_products((two + 1) * columns / BLOCK, xs, panel, K, tile);
+        if (integers) {
+            for (i64 m = 0; m < MOST_ROWS; m++) as[m] = arranged(t, w, row_of(r, row + least(m, M - 1)), 1);
+            integer_panels(NV, as, (uint8_t *)panel, scales, share_of(w), K, tile);
+        } else {
+            take(c, r, row, MOST_ROWS, xs);
+            panel_products(NV, xs, (bf16 *)panel, K, tile);
+        }
         for (i64 m = 0; m < M; m++)
             finish(c, r.index ? r.index[row + m] : row + m, n, columns, tile[m], tile[m] + columns);
     }

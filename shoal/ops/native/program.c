@@ -262,7 +262,7 @@ static void meet(_Atomic i64 *arrived, i64 threads) {
 static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) {
     i64 bytes = TOGETHER * longest * sizeof(float);
     for (const Instruction *c = code; s->chunks && c < code + n; c++) {
-        i64 panel = c->K * (PANEL + BLOCK) * sizeof(bf16);
+        i64 panel = c->K * (PANEL + BLOCK) * sizeof(bf16) + ceil_div(c->K, 32) * PANEL * sizeof(float);
         bytes = panel > bytes ? panel : bytes;
         int latent = KINDS[c->kind] == attend_latent;
         i64 K = latent ? c->N + c->R : c->K, V = latent ? c->V : c->K;
@@ -276,12 +276,12 @@ static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) 
 /* Of an instruction's x: those of the step, or of its experts. */
 static i64 rows_of_x(const Instruction *c, const Step *s) { return KINDS[c->kind] == experts_down ? s->T * c->A : s->T; }
 
-/* Bytes that a product's rows of x need on a thread, as codes meet them; `rows` becomes the most of them. */
+/* Bytes that a product's rows of x need on a thread, as codes meet them in either way; `rows` becomes the most. */
 static i64 room_for_arranged(const Instruction *code, i64 n, const Step *s, i64 *rows) {
     i64 most = *rows = 0;
     for (const Instruction *c = code; c < code + n; c++) {
         if (!c->matrices) continue;
-        i64 these = rows_of_x(c, s), bytes = these * arranged_bytes(c->K);
+        i64 these = 2 * rows_of_x(c, s), bytes = these * arranged_bytes(c->K);
         most = bytes > most ? bytes : most;
         *rows = these > *rows ? these : *rows;
     }

@@ -62,8 +62,8 @@ INLINE __m512i fixed(__m512i x, __m512 factor) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16));
 }
 
-static void arrange(const bf16 *x, i64 K, i64 form, i64 group, Arranged *to) {
-    i64 groups = ceil_div(K, group);
+static void arrange(const bf16 *x, i64 K, const Matrix *w, Arranged *to) {
+    i64 form = w->form, group = w->columns, groups = ceil_div(K, group);
     float *sums = sums_of(to, K), inverse = 0;
     if (form != FP8) {
         __m512i top = _mm512_setzero_si512();
@@ -86,15 +86,6 @@ static void arrange(const bf16 *x, i64 K, i64 form, i64 group, Arranged *to) {
         }
         in_lines(form, v, numbers_of(to) + k);
     }
-}
-
-/* The row of an instruction's x, arranged by this thread when it first meets it. */
-static const Arranged *arranged(const Worker *t, const Matrix *w, i64 row) {
-    const Instruction *c = t->code;
-    Arranged *to = (Arranged *)(t->arranged + row * arranged_bytes(c->K));
-    if (t->whose[row] != c) arrange((const bf16 *)c->x + row * c->xs, c->K, w->form, w->columns, to);
-    t->whose[row] = c;
-    return to;
 }
 
 /* E4M3's magnitudes as bf16: high and low bytes. */
