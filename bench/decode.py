@@ -72,7 +72,7 @@ def report(answers: dict[str, list[dict]], rounds: int) -> None:
 def record(
     name: str,
     compared: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    limits: list[float],
+    limits: Sequence[float | None],
     rates: dict[str, list[float]],
     rounds: int,
     **more,
@@ -90,7 +90,7 @@ def record(
         ours=[median(ours) for ours, _ in compared.values()],
         peer=[median(theirs) for _, theirs in compared.values()],
         spread=[r.spread for r in ratios],
-        limit=limits,
+        limit=list(limits),
         units="tokens/s",
         tokens_per_second={side: median(rate) for side, rate in rates.items()},
         peer_version=llama.version(),

@@ -1,4 +1,5 @@
-"""The models that are held side by side, with random weights: build/bench/small, build/bench/large, build/bench/tiny.
+"""The models that are held side by side, with random weights: build/bench/small, build/bench/large, build/bench/tiny;
+in few bits as build/bench/large-int8, -int4, -fp8.
 
 What weights say doesn't change how fast they are read, but where everything is nearly zero all tokens go to the same
 experts and nobody sees a mistake. So they are drawn to keep activations at size one, with norms around one and router
@@ -20,8 +21,10 @@ from shoal.data.tokenizer import SPECIALS
 from shoal.model import hf
 from shoal.model.config import ModelConfig
 from shoal.model.transformer import Transformer
+from shoal.precision import convert
 
 SHAPES = {"small": SHAPE, "large": LARGE, "tiny": TINY}
+GROUPS = {"int8": 128, "int4": 128, "fp8": None}  # numbers with a scale
 FOLDER = Path("build/bench")
 PROMPT, DECODE, PREFILL = 16, 128, 512  # tokens: before decoding, decoded after the first one, and read at once
 
@@ -39,8 +42,13 @@ def prepare(*names: str) -> None:
     """Draw and write what isn't there yet; later benches find the folders."""
     for name in names:
         if not folder(name).exists():
-            print(f"drawing the weights of {folder(name)}", flush=True)
-            write(name)
+            base, _, form = name.partition("-")
+            print(f"{'rounding' if form else 'drawing'} the weights of {folder(name)}", flush=True)
+            if form:
+                prepare(base)
+                write_rounded(base, form)
+            else:
+                write(name)
 
 
 def write(name: str) -> None:
@@ -53,6 +61,16 @@ def write(name: str) -> None:
     hf.save(model, fresh, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     tokenizer.save(fresh)
     os.replace(fresh, folder(name))
+
+
+def write_rounded(base: str, form: str) -> None:
+    """As `shoal quantize` without a calibration does."""
+    fresh = FOLDER / f"{base}-{form}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    convert.write(convert.Source(folder(base)), fresh, form, GROUPS[form])  # type: ignore[arg-type]
+    for part in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(folder(base) / part, fresh)
+    os.replace(fresh, folder(f"{base}-{form}"))
 
 
 @torch.no_grad()

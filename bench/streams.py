@@ -28,6 +28,7 @@ from shoal.runtime import idle_cores
 
 STREAMS, IN, OUT = 16, 256, 256
 LIMIT = 3.0
+MODEL = "measured"  # its name over HTTP
 
 
 def main() -> None:
@@ -39,25 +40,33 @@ def main() -> None:
     if (idle := idle_cores(1.0)) < THREADS:
         print(f"{idle} idle cores for {THREADS} threads: others work here, the seconds below are not this machine's")
     with ExitStack() as stack:
-        servers = [stack.enter_context(ours(Path(stack.enter_context(tempfile.TemporaryDirectory()))))]
+        servers = [stack.enter_context(ours("small", Path(stack.enter_context(tempfile.TemporaryDirectory()))))]
         if (what := llama.missing()) is None:
-            servers.append(stack.enter_context(theirs()))
+            servers.append(stack.enter_context(theirs("small")))
         else:
             print(f"llama.cpp: missing: {what}")
         found = measure(servers, rounds)
     report(found, rounds)
 
 
-def ours(scratch: Path) -> Server:
-    where = [str(models.folder("small")), "--threads", str(THREADS), "--db", f"sqlite:///{scratch}/ledger.db"]
+def ours(name: str, scratch: Path) -> Server:
+    where = [
+        str(models.folder(name)),
+        "--name",
+        MODEL,
+        "--threads",
+        str(THREADS),
+        "--db",
+        f"sqlite:///{scratch}/ledger.db",
+    ]
     return Server("shoal serve", [sys.executable, "-m", "shoal.cli.main", "serve", *where])
 
 
-def theirs() -> Server:
+def theirs(name: str) -> Server:
     """At its best settings: ubatches of 256 and 2048 took the same time, one cache for all slots or no flash attention
     more. `-c` is what all slots have together, twice what they need."""
     slots = ["-np", str(STREAMS), "-c", str(STREAMS * 2 * (IN + OUT)), "--cont-batching"]
-    return llama.serve(llama.file("small"), *slots, "-fa", "on", "-ub", "512")
+    return llama.serve(llama.file(name), *slots, "-fa", "on", "-ub", "512")
 
 
 def measure(servers: list[Server], rounds: int) -> dict[str, list[tuple[float, list[Streamed]]]]:
@@ -76,7 +85,7 @@ def measure(servers: list[Server], rounds: int) -> dict[str, list[tuple[float, l
 
 def body(seed: int, n: int) -> dict:
     usage = {"stream": True, "stream_options": {"include_usage": True}}
-    return {"model": "small", "prompt": models.prompt(seed, IN), "max_tokens": n, "temperature": 0, **usage}
+    return {"model": MODEL, "prompt": models.prompt(seed, IN), "max_tokens": n, "temperature": 0, **usage}
 
 
 def report(found: dict[str, list[tuple[float, list[Streamed]]]], rounds: int) -> None:

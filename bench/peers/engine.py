@@ -4,9 +4,10 @@ import time
 
 from bench import models
 from bench.shape import THREADS
-from shoal.cli.opened import open_model
+from shoal import runtime
 from shoal.engine.engine import LocalEngine
 from shoal.engine.request import Request, Sampling, Step
+from shoal.precision import weights
 
 CACHE_BYTES = 2**28
 
@@ -23,8 +24,8 @@ class OneStream:
     """To "decode" takes the seconds from the first token to the last, to "prefill" those to the first one."""
 
     def __init__(self, what: str, name: str):
-        model = open_model(str(models.folder(name)), "bfloat16", THREADS).model
-        self.what, self.engine = what, LocalEngine(model, CACHE_BYTES)
+        runtime.setup(THREADS)
+        self.what, self.engine = what, LocalEngine(weights.load(models.folder(name)), CACHE_BYTES)
 
     def step(self, number: int) -> dict[str, float]:
         if self.what == "prefill":

@@ -30,9 +30,9 @@ static void arrange_bytes(const bf16 *x, i64 K, const Matrix *w, Arranged *to) {
     i64 share = share_of(w), zero = w->form == INT8 ? 128 : 8;
     for (i64 k = 0, g = 0; k < K; k += share, g++) {
         i64 end = least(k + share, K);
-        __m256i top = _mm256_setzero_si256();
+        __m256i top = _mm256_setzero_si256(), unsign = _mm256_set1_epi16(0x7fff);
         for (i64 i = k; i < end; i += 16)
-            top = _mm256_max_epu16(top, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(x + i)), _mm256_set1_epi16(0x7fff)));
+            top = _mm256_max_epu16(top, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(x + i)), unsign));
         float amax = widen(_mm512_reduce_max_epu32(_mm512_cvtepu16_epi32(top)));
         __m512 factor = _mm512_set1_ps(amax > 0x1p-100f && isfinite(amax) ? 127 / amax : 0);
         __m512i sum = _mm512_setzero_si512();
