@@ -85,6 +85,8 @@ def tune(
 
     `batches()` gives those of the coming step, and what else to log of it.
     """
+    if state.note:
+        say(state.note)
     if resume:
         restore(state, run, say)
     writer = model_writer(state.model.config, tokenizer)

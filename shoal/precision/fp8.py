@@ -27,6 +27,7 @@ from shoal.ops.quant import Quantised
 from shoal.ops.quant_tiles import E5M6, ROW_TILE, Scales
 from shoal.precision import policy
 
+NOTE = "fp8      operands of 8 bits, multiplied in wider arithmetic: the numerics of 8-bit training, not its speed"
 REMEMBERED = "_row_tiles"  # attribute of a tensor that several leaves read
 
 

@@ -58,6 +58,8 @@ def pretrain(
     """
     corpus.check_vocabulary(config.model.vocab_size)
     state = TrainState(config, device)
+    if state.note:
+        say(state.note)
     if resume:
         restore(state, run, say)
     loader = training_loader(config, corpus)

@@ -75,6 +75,11 @@ class TrainState:
         self.counters = Counters(total_steps=config.steps or 0)
         self.stage: dict[str, Tensor] = {}  # what a stage's own loop must remember, besides counters.stage
 
+    @property
+    def note(self) -> str | None:
+        """What a user should know about how this computes."""
+        return fp8.NOTE if self.config.precision == "fp8" else None
+
     def end(self) -> None:
         """Training is over: the model computes in its dtype again, as wherever its checkpoint is opened."""
         fp8.restore(self.model)
