@@ -1,7 +1,8 @@
 """`shoal export MODEL OUT`: write a model as a Hugging Face folder that transformers, vLLM and SGLang open.
 
-The model is checked as it is read (names, shapes, ranges, scales), FP8 blocks are dequantised, and what is written has
-canonical names. The folder appears whole or not at all.
+The model is checked as it is read (names, shapes, ranges, scales), what is in few bits is dequantised, and what is
+written has canonical names. With `--weights` its matrices are rounded to 8 or 4 bits; `shoal quantize` looks closer at
+what that costs. The folder appears whole or not at all.
 """
 
 import argparse
@@ -9,11 +10,20 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shoal.cli.opened import DTYPES, MODEL_HELP, check_memory, check_vocabulary, model_folder
 from shoal.errors import ConfigError, ResourceError
 
+if TYPE_CHECKING:
+    from shoal.ops.quant import Form
+    from shoal.precision.convert import Make
+
+FORMS = ("fp8", "int8", "int4")
+INT4_GROUP = 64
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 BESIDE = (  # copied as they are where they exist
     "tokenizer.json",
@@ -32,23 +42,54 @@ def main(argv: list[str]) -> int:
 
 def convert(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors but the router's bias (default: as they are)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dtype", choices=DTYPES, help="of all tensors but the router's bias (default: as they are)")
+    what.add_argument("--weights", choices=FORMS, help="matrices in few bits, rounded to the nearest")
+    add_group(parser)
     parser.add_argument("--max-shard-size", default="5GB", help="of one file, such as 500MB; default 5GB")
     args = parser.parse_args(argv)
-    shard_bytes = n_bytes(args.max_shard_size)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ConfigError(f"{args.out} exists and is not empty", "a new folder", "choose another OUT")
-    part = args.out.parent / f".{args.out.name}.{os.getpid()}"
+    shard_bytes, group = n_bytes(args.max_shard_size), group_of(args.weights, args.group)
+    with whole_folder(args.out) as part:
+        source = model_folder(args.model)
+        if args.weights:
+            print(write_in_few_bits(source, part, args.weights, group, shard_bytes), args.out)
+        else:
+            print(write(source, part, args.dtype, shard_bytes), args.out)
+    return 0
+
+
+def add_group(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group",
+        type=int,
+        choices=(32, 64, 128),
+        help="numbers that share a scale; default: int4 64, int8 a whole row",
+    )
+
+
+def group_of(weights: str | None, group: int | None) -> int | None:
+    """Raises ConfigError for a group of what has none."""
+    if group and weights not in ("int8", "int4"):
+        fix = "leave --group out"
+        raise ConfigError(f"--group with {weights or 'no --weights'}", "--weights int8 or int4", fix)
+    return group or (INT4_GROUP if weights == "int4" else None)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes OUT when all is well and vanishes when it isn't."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty", "a new folder", "choose another OUT")
+    part = out.parent / f".{out.name}.{os.getpid()}"
     try:
-        print(write(model_folder(args.model), part, args.dtype, shard_bytes), args.out)
-        part.rename(args.out)
+        yield part
+        part.rename(out)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{args.out}: {e.strerror}", "room on the disk", "free some space") from None
-        raise ConfigError(f"{args.out}: {e.strerror}", "a folder we may write", "choose another OUT") from None
+            raise ResourceError(f"{out}: {e.strerror}", "room on the disk", "free some space") from None
+        raise ConfigError(f"{out}: {e.strerror}", "a folder we may write", "choose another OUT") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return 0
 
 
 def write(source: Path, target: Path, dtype: str | None, shard_bytes: int) -> str:
@@ -57,7 +98,7 @@ def write(source: Path, target: Path, dtype: str | None, shard_bytes: int) -> st
 
     from shoal.model import hf
     from shoal.model.counts import count_parameters
-    from shoal.model.hf_files import open_regular, read_json
+    from shoal.model.hf_files import read_json
 
     raw, config = read_json(source, "config.json"), hf.load_config(source)
     if (source / "tokenizer.json").exists():
@@ -70,12 +111,40 @@ def write(source: Path, target: Path, dtype: str | None, shard_bytes: int) -> st
     model = hf.load(source, getattr(torch, matrices))
     ids = {"bos_id": raw.get("bos_token_id"), "eos_id": raw.get("eos_token_id")}
     hf.save(model, target, dtype=getattr(torch, dtype) if dtype else None, max_shard_bytes=shard_bytes, **ids)
+    copy_beside(source, target)
+    counts = count_parameters(model.config)
+    return f"{raw['model_type']}, {(counts.total + counts.mtp_total) / 1e6:,.1f}M parameters, {matrices} →"
+
+
+def write_in_few_bits(
+    source: Path, target: Path, weights: "Form", group: int | None, shard_bytes: int, make: "Make | None" = None
+) -> str:
+    """The same with matrices in few bits, one of them in memory at a time; `make` makes them, rounding if it's None."""
+    from shoal.model.hf import is_gguf
+    from shoal.model.hf_files import read_json
+    from shoal.precision import convert
+
+    if is_gguf(source):
+        fix = "keep it as it is, or write it as a folder by `shoal import` first"
+        raise ConfigError(f"{source}, a GGUF file", "a folder: its numbers are in few bits already", fix)
+    raw, opened = read_json(source, "config.json"), convert.Source(source)
+    ids = {"bos_id": raw.get("bos_token_id"), "eos_id": raw.get("eos_token_id")}
+    convert.write(opened, target, weights, group, make, shard_bytes, **ids)
+    copy_beside(source, target)
+    s = convert.sizes(opened, weights, group)
+    groups = f" in groups of {group}" if group else ""
+    smaller = [p for p in opened.pieces if (how := convert.kept(p, weights, group)) and how.group not in (None, group)]
+    groups += f" ({len(smaller)} matrices, whose rows are no whole groups, in smaller ones)" if smaller else ""
+    return f"{raw['model_type']} in {weights}{groups}, {s.whole / 1e6:,.1f} MB, {s.whole / s.whole_fp32:.1%} of fp32 →"
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    from shoal.model.hf_files import open_regular
+
     for name in BESIDE:
         if (source / name).exists():
             with open_regular(source, name) as file, open(target / name, "wb") as copy:
                 shutil.copyfileobj(file, copy)
-    counts = count_parameters(model.config)
-    return f"{raw['model_type']}, {(counts.total + counts.mtp_total) / 1e6:,.1f}M parameters, {matrices} →"
 
 
 def n_bytes(size: str) -> int:

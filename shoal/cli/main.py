@@ -33,6 +33,7 @@ VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first 
     "runs": ("runs", "list, show, compare and report runs"),
     "data": ("data", "turn text into shards"),
     "tokenizer": ("tokenizer", "train a tokenizer"),
+    "quantize": ("quantize", "write a model in 8 or 4 bits, and say what that costs"),
     "export": ("export", "write a model as a Hugging Face folder"),
     "import": ("import_", "take in a Hugging Face folder"),
 }

@@ -79,7 +79,24 @@ def prepared(name: str, threads: int | None) -> "tuple[Path, ModelConfig, Tokeni
 
 
 def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
-    """The model on this machine's device, and its tokenizer, which must be the model's own."""
+    """The model on this machine's device in the form it is stored in, and its tokenizer, which must be its own.
+
+    What is stored in few bits stays so; `dtype` is of the rest.
+    """
+    folder, _, tokenizer, device = prepared(name, threads)
+    import torch
+
+    from shoal.model import hf
+    from shoal.precision import weights
+
+    model, stored = hf.opened(folder, getattr(torch, dtype))
+    if device == "cpu":
+        check_room(weights.n_bytes(model, stored), dtype)
+    return Opened(weights.bring(model, stored, device), tokenizer, folder)
+
+
+def open_to_train(name: str, dtype: str, threads: int | None = None) -> Opened:
+    """The same with all of it in `dtype`."""
     folder, config, tokenizer, device = prepared(name, threads)
     import torch
 
@@ -105,7 +122,7 @@ def tokenizer_in(folder: Path) -> "Tokenizer":
 def reopened(run: Run, base: str, dtype: str, threads: int | None) -> Opened:
     """What a run goes on from: its newest whole checkpoint, else the `base` it began with. `dtype` as in its config."""
     source = str(run.path) if any(run.checkpoints.glob("step-*")) else base
-    return open_model(source, OF_CONFIG[dtype], threads or run.env().get("threads"))
+    return open_to_train(source, OF_CONFIG[dtype], threads or run.env().get("threads"))
 
 
 def turns_of(opened: Opened) -> "Turns":
@@ -146,12 +163,15 @@ def check_vocabulary(of_tokenizer: int, of_model: int) -> None:
 
 
 def check_memory(config: ModelConfig, dtype: str) -> None:
-    import psutil
-
     from shoal.model.counts import count_parameters
 
     counts = count_parameters(config)
-    needed = (counts.total + counts.mtp_total) * (FP32_BYTES if dtype == "float32" else BF16_BYTES)
+    check_room((counts.total + counts.mtp_total) * (FP32_BYTES if dtype == "float32" else BF16_BYTES), dtype)
+
+
+def check_room(needed: int, dtype: str) -> None:
+    import psutil
+
     free = psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from shoal import config as configs
 from shoal.cli.asked import Asked, configured, parse, recipe_names, reconfigured, resumed
-from shoal.cli.opened import OF_CONFIG, model_folder, open_model, reopened
+from shoal.cli.opened import OF_CONFIG, model_folder, open_to_train, reopened
 from shoal.errors import ConfigError
 from shoal.post.rl_config import RLConfig
 from shoal.run import Run
@@ -44,7 +44,7 @@ def start(asked: Asked, config: RLConfig, origins: dict[str, str], command: Sequ
         raise ConfigError("no model", "something to start from", "give --model RUN, or a model folder")
     tasks = resolve(config.tasks)
     config = replace(config, model=str(model_folder(config.model).resolve()))  # `latest` won't stay what it is
-    opened = open_model(config.model, OF_CONFIG[config.dtype], config.threads)
+    opened = open_to_train(config.model, OF_CONFIG[config.dtype], config.threads)
     run = Run.create(str(asked.recipe), asked.out, config, origins, command)
     with run.lock():
         return _reinforce.reinforce(config, run, opened.model, opened.tokenizer, tasks, teller())

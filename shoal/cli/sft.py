@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from shoal import config as configs
 from shoal.cli.asked import Asked, configured, parse, recipe_names, reconfigured, resumed
-from shoal.cli.opened import OF_CONFIG, Opened, model_folder, open_model, reopened
+from shoal.cli.opened import OF_CONFIG, Opened, model_folder, open_to_train, reopened
 from shoal.errors import ConfigError
 from shoal.post.config import SftConfig
 from shoal.run import Run
@@ -55,7 +55,7 @@ def start(asked: Asked, config: SftConfig, origins: dict[str, str], command: Seq
         raise ConfigError("no model", "something to start from", "give --model RUN, or a model folder")
     tell = teller()
     config = replace(config, model=str(model_folder(config.model).resolve()))  # `latest` won't stay what it is
-    opened = open_model(config.model, OF_CONFIG[config.dtype], config.threads)
+    opened = open_to_train(config.model, OF_CONFIG[config.dtype], config.threads)
     samples = samples_of(config, opened, tell)
     if asked.dry_run:
         return 0

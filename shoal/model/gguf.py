@@ -63,6 +63,12 @@ class GGUF:
         (name, _), *_ = self._stored(piece)
         return self.entries[name].file, self.entries[name].start
 
+    def n_bytes(self, piece: Piece) -> int:
+        """In the file."""
+        (name, _), *_ = self._stored(piece)
+        kind = self.entries[name].kind
+        return math.prod(piece.shape) // kind.block * kind.nbytes
+
     def in_few_bits(self, piece: Piece) -> bool:
         return any(self.entries[name].kind.block > 1 for name, _ in self._stored(piece))
 

@@ -48,6 +48,12 @@ class Stored:
         entry = self.files.entries.get(piece.name)
         return entry is None or entry.dtype == FP8
 
+    def n_bytes(self, piece: Piece) -> int:
+        """On the disk."""
+        entries = self.files.entries
+        parts = (piece.name + part for part in ("", SCALE_INV, PACKED, SCALE))
+        return sum(entries[name].end - entries[name].start for name in parts if name in entries)
+
     def check(self, piece: Piece) -> Iterable[str]:
         """The names of the tensors that make up the piece. Raises ModelError where they don't."""
         entry = self.files.entries.get(piece.name)

@@ -6,11 +6,12 @@
 | int8 | all of the layers but that one, and the head | a scale a row, or a group of one |
 | int4 | the same; the head in 8 bits, a scale a row | a scale a group |
 
-Everything else keeps its precision: embedding, norms, routers, and the projection in front of a multi-token module,
-which other readers don't expect in few bits. Where a row isn't a whole number of groups, it takes the next smaller size
-of group that divides it (V2-Lite's dense layer: 10,944 = 171 × 64).
+Everything else keeps its precision (policy.py): embedding, norms, routers, and the projection in front of a multi-token
+module, which other readers don't expect in few bits. Where a row isn't a whole number of groups, it takes the next
+smaller size of group that divides it (V2-Lite's dense layer: 10,944 = 171 × 64).
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
@@ -29,10 +30,11 @@ from shoal.model.hf_quantisation import Scheme, write_fp8, write_packed
 from shoal.model.hf_stored import PACKED, SCALE, SCALE_INV, SHAPE
 from shoal.ops import quant
 from shoal.ops.quant import BITS, FP8, FP8_BLOCK, Form, Quantised
+from shoal.precision import policy
 
 GROUPS = (128, 64, 32)
 ABSORBED, HEAD = "attn.kv_up.weight", "head.weight"
-WORD = 4  # bytes
+WORD = FP32_BYTES = 4
 
 
 class Kept(NamedTuple):
@@ -40,6 +42,15 @@ class Kept(NamedTuple):
 
     form: Form
     group: int | None = None
+
+
+class Sizes(NamedTuple):
+    """Bytes of a model, as written and in fp32: of all that is read into memory, and of the layers' matrices in it."""
+
+    whole: int
+    whole_fp32: int
+    matrices: int
+    matrices_fp32: int
 
 
 Make = Callable[[Piece, Kept], Quantised]
@@ -69,10 +80,8 @@ def kept(piece: Piece, form: Form, group: int | None) -> Kept | None:
     ours, K = piece.ours, piece.shape[-1]
     if ours == HEAD and form == "int4":
         form, group = "int8", None
-    in_layer = (".attn." in ours or ".ffn." in ours) and ".router." not in ours
-    if not (in_layer if form == "fp8" else (in_layer and not ours.endswith(ABSORBED)) or ours == HEAD):
-        return None
-    if len(piece.shape) != 2:
+    product = policy.of(ours).precision == "fp8"
+    if not (product if form == "fp8" else (product and not ours.endswith(ABSORBED)) or ours == HEAD):
         return None
     if form == "fp8" or (group is None and K % WORD == 0):
         return Kept(form)
@@ -114,6 +123,19 @@ def write(
     raw = to_hf_config(source.model.config, "bfloat16", bos_id, eos_id)
     write_json(target / "config.json", raw | {"quantization_config": described(form, ways)})
     write_json(target / "generation_config.json", hf.generation_config(bos_id, eos_id))
+
+
+def sizes(source: Source, form: Form, group: int | None) -> Sizes:
+    """Without the copies that files hold a second time."""
+    found = [0, 0, 0, 0]
+    for piece in source.pieces:
+        how = kept(piece, form, group)
+        parts = [source.planned(piece)] if how is None else in_few_bits(piece, how, partial(rounded, source))
+        both = sum(t.nbytes for t in parts if not t.name.endswith(SHAPE)), FP32_BYTES * math.prod(piece.shape)
+        for i, n_bytes in enumerate(both):
+            found[i] += n_bytes
+            found[2 + i] += n_bytes if how and piece.ours != HEAD else 0
+    return Sizes(*found)
 
 
 def rounded(source: Source, piece: Piece, how: Kept) -> Quantised:

@@ -24,7 +24,7 @@ class Quality:
     """`kl` in bits a token; `agreement` a share of tokens."""
 
     tokens: int
-    bytes: int
+    text_bytes: int
     bits_per_byte: float
     reference_bits_per_byte: float
     kl: float

@@ -6,6 +6,7 @@ reads it when it is first used and may let go of it again. In memory are the res
 what is no leaf (embedding, norms, routers) and the up-projection of the latents, which decoding folds into queries.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,11 +72,25 @@ def opened(
 ) -> tuple[Transformer, TensorFolder | GGUFFile]:
     """And its files, which must stay as they are while the model is used: `unchanged` raises where they don't."""
     model, stored = hf.opened(folder, dtype)
+    return bring(model, stored, device), stored.files
+
+
+def bring(model: Transformer, stored: Tensors, device: torch.device | str) -> Transformer:
+    """The model that `hf.opened` has checked, with its leaves as they are stored and memory for the rest."""
     for name, matrices in leaves(model, stored).items():
         replace_leaf(model, name, [on(stored.quantised(piece), device) for piece in matrices])
     hf.allocate(model, device)
     hf.fill(model, stored)
-    return model, stored.files
+    return model
+
+
+def n_bytes(model: Transformer, stored: Tensors) -> int:
+    """What the model will take, mapped or not."""
+    few = {piece.name: piece for pieces in leaves(model, stored).values() for piece in pieces}
+    dtypes = {name: t.dtype for name, t in model.state_dict().items()}
+    rest = (piece for piece in hf.own_pieces(model) if piece.name not in few)
+    in_memory = sum(math.prod(piece.shape) * dtypes[piece.ours].itemsize for piece in rest)
+    return in_memory + sum(stored.n_bytes(piece) for piece in few.values())
 
 
 def leaves(model: Transformer, stored: Tensors) -> dict[str, list[Piece]]:

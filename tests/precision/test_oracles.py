@@ -81,6 +81,7 @@ def test_transformers_opens_packed_integers(tmp_path, form, group):
 
 @pytest.mark.slow
 def test_transformers_opens_official_fp8(tmp_path):
+    pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
     folder = written(tmp_path, replace(LLAMA, dim=256, hidden_dim=384), "fp8", None)
     how = transformers.FineGrainedFP8Config(dequantize=True)
