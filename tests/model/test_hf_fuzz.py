@@ -12,7 +12,7 @@ from shoal.errors import ModelError
 from shoal.model.config import ModelConfig
 from shoal.model.hf_config import read_config, to_hf_config
 from shoal.model.hf_files import TensorFolder, parse_json
-from shoal.model.hf_quantisation import read_quantisation
+from shoal.model.hf_quantisation import read_quantisation, write_fp8
 from shoal.model.transformer import Transformer
 
 ODD_VALUES = st.recursive(
@@ -47,6 +47,20 @@ def test_any_setting_may_be_anything(data, architecture):
 
         with torch.device("meta"):
             Transformer(config)
+
+
+@settings(max_examples=100)
+@given(st.data(), st.sampled_from(["fp8", "compressed-tensors"]))
+def test_any_setting_of_few_bits_may_be_anything(data, method):
+    scheme = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": scheme}
+    packed = {"format": "pack-quantized", "config_groups": {"group_0": group}}
+    q = {"quant_method": method} | (write_fp8() if method == "fp8" else packed)
+    for place in (scheme, group, q):
+        for key in data.draw(st.lists(st.sampled_from([*place, "actorder", "ignore", "scale_fmt"]), max_size=2)):
+            place[key] = data.draw(ODD_VALUES)
+    with suppress(ModelError):
+        assert read_quantisation({"quantization_config": q}) is not None
 
 
 @settings(max_examples=100)
