@@ -62,7 +62,8 @@ def open_within(
     d, cache, whole = division(parts, memory, cache, context, runtime.resident_bytes() + GROWTH, device)
     if whole:
         tell(d, 0, 0, "")
-        opened = Opened(weights.load(folder, getattr(torch, dtype), device), tokenizer, folder)
+        model, files = weights.opened(folder, getattr(torch, dtype), device)
+        opened = Opened(model, tokenizer, folder, files.unchanged)
         runtime.give_back_memory()
         return Sized(opened, cache)
     rest = (d.n_experts - d.slots) * d.expert

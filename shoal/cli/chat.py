@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     turns = turns_of(opened)
     from shoal.engine.engine import LocalEngine
 
-    engine = LocalEngine(opened.model, cache, context=args.context, speculate=args.speculate)
+    how = {"context": args.context, "speculate": args.speculate}
+    engine = LocalEngine(opened.model, cache, **how, unchanged=opened.unchanged)
     try:
         talk = Talk(opened, engine, turns, args, screen())
         if question is None:

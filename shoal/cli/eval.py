@@ -115,7 +115,7 @@ def evaluated(opened: Opened, items: "list[Item]", folder: Path | None, step: in
     max_tokens = args.max_tokens or max(LEAST_ROOM, max(given, default=0) + ANSWER_ROOM)
     rules = Rules(args.samples, args.temperature, args.top_p, max_tokens, args.at_least, seed=args.seed)
     ends = end_ids(opened.folder, opened.model.config.vocab_size)
-    with closing(LocalEngine(opened.model)) as engine, Graders() as graders:
+    with closing(LocalEngine(opened.model, unchanged=opened.unchanged)) as engine, Graders() as graders:
         attempts = sweep(engine, opened.tokenizer, items, graders, rules, args.budgets, ends)
         failures = dict(graders.failures)
     curve = list(zip(args.budgets, attempts))

@@ -76,7 +76,7 @@ def continued(opened: Opened, before: list[int], args: argparse.Namespace, cache
     steps: SimpleQueue[Step] = SimpleQueue()
     stop = frozenset([] if opened.tokenizer.eos_id is None else [opened.tokenizer.eos_id])
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    engine = LocalEngine(opened.model, cache)
+    engine = LocalEngine(opened.model, cache, unchanged=opened.unchanged)
     try:
         engine.submit(Request(tuple(before), args.max_tokens, steps.put, sampling, stop))
         finish = None

@@ -5,6 +5,7 @@ is done; before, it is the run's own. A stage by itself is a run: RUN/stages/1_r
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +28,7 @@ class Opened(NamedTuple):
     model: "Transformer"
     tokenizer: "Tokenizer"
     folder: Path  # or a GGUF file
+    unchanged: Callable[[], None] = lambda: None  # raises StorageError where files that are mapped were written to
 
 
 def model_folder(name: str) -> Path:
@@ -92,7 +94,7 @@ def open_model(name: str, dtype: str, threads: int | None = None) -> Opened:
     model, stored = hf.opened(folder, getattr(torch, dtype))
     if device == "cpu":
         check_room(weights.n_bytes(model, stored), dtype)
-    return Opened(weights.bring(model, stored, device), tokenizer, folder)
+    return Opened(weights.bring(model, stored, device), tokenizer, folder, stored.files.unchanged)
 
 
 def open_to_train(name: str, dtype: str, threads: int | None = None) -> Opened:

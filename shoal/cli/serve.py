@@ -109,6 +109,7 @@ def make_engine(opened: Opened, cache: int | None, on_disk: int | None, args: ar
         speculate=args.speculate,
         deterministic=args.deterministic,
         disk=None if on_disk is None else Disk(folder, on_disk, maker(opened.folder)),
+        unchanged=opened.unchanged,
     )
 
 

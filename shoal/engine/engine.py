@@ -17,7 +17,7 @@ longer each time; while it rests, whoever submits or asks for stats is told.
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from threading import Condition, Thread
 from time import perf_counter
@@ -31,7 +31,7 @@ from shoal.engine import native, sampler
 from shoal.engine.cache import Cache, bytes_per_token
 from shoal.engine.disk import Disk
 from shoal.engine.gather import Gatherer, Result
-from shoal.engine.pages import UNIT, Key, Pages, units
+from shoal.engine.pages import UNIT, Pages, units
 from shoal.engine.request import Finish, Request, Stats, Step, Token
 from shoal.engine.runner import RowByRow, Runner
 from shoal.engine.scheduler import Scheduler, Work
@@ -78,11 +78,13 @@ class LocalEngine:
         speculate: int = 0,
         deterministic: bool = False,
         disk: Disk | None = None,
+        unchanged: Callable[[], None] = lambda: None,
     ):
         """`memory_bytes` are for the cache. `speculate`: how many tokens ahead the model's module may draft (0: none).
 
         `deterministic`: a request's tokens and log-probabilities depend on nothing but itself (see runner.RowByRow).
-        `disk` keeps full pages beyond memory; it is closed with the engine.
+        `disk` keeps full pages beyond memory; it is closed with the engine. `unchanged` is called before every step; it
+        raises StorageError where the files that weights are mapped from are no longer what they were.
         """
         weight, config = model.embed.weight, model.config
         depth = speculate if config.n_mtp else 0
@@ -90,11 +92,11 @@ class LocalEngine:
         self.bytes_per_token = bytes_per_token(config, n_layers, weight.dtype)
         context = min(context or config.max_positions, config.max_positions)
         n_pages = _pages_that_fit(memory_bytes, self.bytes_per_token * UNIT, units(context), weight.device)
-        self.model, self._context = model, min(context, n_pages * UNIT)
+        self.model, self._unchanged, self._context = model, unchanged, min(context, n_pages * UNIT)
         self._cache = Cache(config, n_layers, n_pages, weight.dtype, weight.device)
         self._runner = _runner(model, self._cache, deterministic)
         self._speculator = Speculator(self._runner, depth) if depth else None
-        self._disk, on_disk = disk, disk.has if disk else _nothing
+        self._disk, on_disk = disk, disk.has if disk else lambda key: False
         if disk:
             _page_fits(disk.max_bytes, self.bytes_per_token * UNIT, "the cache on disk")
             disk.depends_on(n_layers, *_facts(model, self._runner, deterministic))
@@ -315,6 +317,7 @@ class LocalEngine:
 
     def _compute(self, work: list[Work]) -> list[Gain]:
         """One step of the model or a stretch of them, and what each stream got from it."""
+        self._unchanged()
         start, only_decoding = perf_counter(), all(w.stream.decoding for w in work)
         chosen = [] if any(w.stream.request.routes for w in work) else None
         gains, fed, hidden = self._advance_together(work, chosen)
@@ -479,10 +482,6 @@ def _facts(model: Transformer, runner: Runner, deterministic: bool) -> tuple[obj
     if not deterministic:
         return (weights,)
     return weights, type(runner), torch.__version__, torch.get_num_threads(), describe()
-
-
-def _nothing(key: Key) -> bool:
-    return False
 
 
 def _pages_that_fit(memory_bytes: int | None, page_bytes: int, a_context: int, device: torch.device) -> int:

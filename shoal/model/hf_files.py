@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.errors import ModelError
+from shoal.errors import ModelError, StorageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -131,7 +131,7 @@ class TensorFolder:
         return (flat.clone() if flat.data_ptr() % e.dtype.itemsize else flat).view(e.dtype).view(e.shape)
 
     def unchanged(self) -> None:
-        """Raises ModelError where a mapped file is no longer what it was when its header was checked."""
+        """Raises StorageError where a mapped file is no longer what it was when its header was checked."""
         for file, (f, _) in self._maps.items():
             if identity(f) != self._identities[file]:
                 raise changed(self.folder / file)
@@ -150,8 +150,8 @@ def identity(f: BufferedReader) -> Identity:
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
 
 
-def changed(path: Path) -> ModelError:
-    return ModelError(f"{path} was changed while it was in use", "a file that stays as it is", "open the model again")
+def changed(path: Path) -> StorageError:
+    return StorageError(f"{path} was changed while it was in use", "a file that stays as it is", "open the model again")
 
 
 def read_index(folder: Path) -> dict[str, str] | None:

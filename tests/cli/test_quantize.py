@@ -1,6 +1,8 @@
 """quantize and export --weights, as a user calls them; what they write opens wherever a model is named."""
 
 import json
+import os
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import torch
 from shoal.cli import export, generate, quantize, score
 from shoal.cli.opened import check_room, open_model, open_to_train
 from shoal.data.tokenizer import Tokenizer
+from shoal.engine.engine import LocalEngine
+from shoal.engine.request import Request
 from shoal.errors import ConfigError, DataError, ModelError, ResourceError
 from shoal.model import hf
 from shoal.model.presets import PRESETS
@@ -123,3 +127,18 @@ def test_a_folder_that_is_there_is_left_alone(folder, tmp_path):
         quantize.main([str(folder), "--weights", "fp8", "--out", str(tmp_path.parent)])
     with pytest.raises(ModelError):
         quantize.main([str(tmp_path), "--weights", "fp8", "--out", str(tmp_path / "q")])
+
+
+def test_a_folder_that_is_written_to_while_it_is_used_answers_nothing_wrong(folder, tmp_path):
+    call(export, folder, tmp_path / "q", "--weights", "int8")
+    opened = open_model(str(tmp_path / "q"), "bfloat16")
+    file = tmp_path / "q" / "model.safetensors"
+    with closing(LocalEngine(opened.model, 2**22, unchanged=opened.unchanged)) as engine:
+        (before,) = engine.generate([Request((0, 5, 6), 4, print)])
+        with open(file, "r+b") as f:
+            f.seek(-1, 2)
+            f.write(b"\1")
+        os.utime(file, ns=(0, 0))
+        (after,) = engine.generate([Request((0, 5, 6), 4, print)])
+    assert len(before.tokens) == 4 and before.error is None
+    assert not after.tokens and "could not be read" in str(after.error)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.parity import our_log_probs, random_config, write_fp8
-from shoal.errors import ModelError
+from shoal.errors import StorageError
 from shoal.model import hf
 from shoal.model.hf_files import TensorFolder
 from shoal.model.presets import PRESETS
@@ -74,10 +74,10 @@ def test_a_file_that_changes_under_us_is_noticed(fp8, change):
             f.seek(-1, os.SEEK_END)
             f.write(b"\1")
         os.utime(file, ns=(0, 0))  # a clock too coarse to see two writes in a row
-    with pytest.raises(ModelError, match="was changed while it was in use"):
+    with pytest.raises(StorageError, match="was changed while it was in use"):
         files.unchanged()
     assert isinstance(files, TensorFolder)
-    with pytest.raises(ModelError, match="was changed while it was in use"):
+    with pytest.raises(StorageError, match="was changed while it was in use"):
         files.read("model.norm.weight")
 
 
