@@ -64,9 +64,9 @@ ROWS += [Row("int4", group, how) for group in (32, 64, 128) for how in (NEAREST,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="latest")
-    parser.add_argument("--quick", action="store_true", help="a sixteenth of the text: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the text: shows that it works")
     args = parser.parse_args()
-    model, tokens, items = model_folder(args.model), *((8192, 16) if args.quick else (131072, 256))
+    model, tokens, items = model_folder(args.model), *((8192, 16) if args.quick else (65536, 256))
     source, corpus = convert.Source(model), quantize.library(model)
     text = quantize.windows(model, corpus.val.tokens, tokens, "the held-out text")
     spelled = torch.from_numpy(corpus.tokenizer.byte_lengths())[text[:, 1:]].sum(-1)

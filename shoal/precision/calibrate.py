@@ -1,12 +1,13 @@
 """Rounding that looks at what the numbers are multiplied with (GPTQ, arXiv 2210.17323), layer by layer.
 
 A matrix W [N, K] meets inputs x; the error that counts is ‖(W − Ŵ) X‖², of which H = X Xᵀ is all that matters. Columns
-are rounded one after the other, the most active first, and what a column loses the later ones make up for:
+are rounded from left to right, and what a column loses the later ones make up for:
 
     e = (w_k − ŵ_k) / U_kk        w_j −= e · U_kj   for j behind k        Uᵀ U = H⁻¹, U upper triangular
 
-A group's scale is set before, the one of a grid of shares of its largest number with the least Σ H_kk (w − ŵ)².
-Inputs are what the layers before make of them in few bits.
+Where a group begins, its scale is set for its numbers as they then are: the one of a grid of shares of the largest with
+the least Σ H_kk (w − ŵ)². Inputs are what the layers before make of them in few bits. Rounding the most active columns
+first, with scales set before, was no better, and is left out.
 
 Experts see the rows that are routed to them, weighed as their outputs are. A router sends some experts next to nothing
 of a text; so to each one's H a share is added of what the whole layer sees, as if PRIOR · K more rows had come.
@@ -43,62 +44,51 @@ LAYER = re.compile(r"(layers\.\d+|mtp\.\d+\.block)\.(.*)")
 
 
 class Columns(NamedTuple):
-    """Of H: in which order columns are rounded, U in that order, and how much each counts."""
+    """Of H: U, and how much each column counts."""
 
-    order_BK: Tensor
     upper_BKK: Tensor
     weight_BK: Tensor
 
 
-def columns(H_BKK: Tensor, by_activity: bool = True) -> Columns:
+def columns(H_BKK: Tensor) -> Columns:
     H = H_BKK.double()
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     diagonal += (DAMP * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)
-    order = diagonal.sort(dim=-1, descending=True, stable=True).indices
-    if not by_activity:
-        order = torch.arange(H.shape[-1]).expand_as(order)
-    weight = diagonal.float()
-    H = H.gather(-2, order[..., None].expand_as(H)).gather(-1, order[..., None, :].expand_as(H))
     lower = torch.linalg.cholesky(H.flip(-1, -2)).flip(-1, -2)  # R upper, R Rᵀ = H: U is its inverse
     eye = torch.eye(H.shape[-1], dtype=H.dtype).expand_as(H)
-    return Columns(order, torch.linalg.solve_triangular(lower, eye, upper=True).float(), weight)
+    return Columns(torch.linalg.solve_triangular(lower, eye, upper=True).float(), diagonal.float())
 
 
 def rounded(W_BNK: Tensor, c: Columns, how: Kept) -> Quantised:
-    """The matrices in few bits, a stack of them."""
-    K = W_BNK.shape[-1]
-    half, group = 2 ** (quant.BITS[how.form] - 1), how.group or K
-    scales_BNG = best_scales(W_BNK, c.weight_BK, group, half)
-    order_BNK = c.order_BK[:, None].expand_as(W_BNK)
-    left = W_BNK.gather(-1, order_BNK)
-    step_BNK = scales_BNG.float().gather(-1, order_BNK // group)
-    codes = torch.empty_like(left)
+    """The matrices in few bits, a stack of them, in groups that divide BLOCK."""
+    K, group = W_BNK.shape[-1], how.group
+    assert group and BLOCK % group == 0, how
+    half, left = 2 ** (quant.BITS[how.form] - 1), W_BNK.clone()
+    codes, scales = torch.empty_like(left), []
     for start in range(0, K, BLOCK):
         end = min(start + BLOCK, K)
         part, lost = left[..., start:end], torch.empty_like(left[..., start:end])
         for i, k in enumerate(range(start, end)):
-            w, step = part[..., i], step_BNK[..., k]
+            if k % group == 0:
+                scales.append(best_scales(part[..., i : i + group], c.weight_BK[:, k : k + group], half))
+            w, step = part[..., i], scales[-1].float()
             codes[..., k] = (w / step).round().clamp(-half, half - 1)
             lost[..., i] = (w - codes[..., k] * step) / c.upper_BKK[:, k, k, None]
             part[..., i + 1 :] -= lost[..., i, None] * c.upper_BKK[:, None, k, k + 1 : end]
         left[..., end:] -= lost @ c.upper_BKK[:, start:end, end:]
-    codes = torch.empty_like(codes).scatter_(-1, order_BNK, codes) + half
-    return Quantised(how.form, quant.packed(how.form, codes.to(torch.uint8)), scales_BNG, (1, group))
+    packed = quant.packed(how.form, (codes + half).to(torch.uint8))
+    return Quantised(how.form, packed, torch.stack(scales, -1), (1, group))
 
 
-def best_scales(W_BNK: Tensor, weight_BK: Tensor, group: int, half: int) -> Tensor:
-    """bf16 [B, N, G]: of a grid, what makes the least weighted squares."""
-    grouped = W_BNK.unflatten(-1, (-1, group))
-    weight = weight_BK[:, None].unflatten(-1, (-1, group))
-    most = (grouped.abs().amax(-1) / (half - 1)).clamp(min=torch.finfo(torch.bfloat16).tiny)
+def best_scales(W_BNK: Tensor, weight_BK: Tensor, half: int) -> Tensor:
+    """bf16 [B, N], of a group of columns: of a grid, what makes the least weighted squares."""
+    most = (W_BNK.abs().amax(-1) / (half - 1)).clamp(min=torch.finfo(torch.bfloat16).tiny)
     best, least = most.bfloat16(), torch.full_like(most, torch.inf)
     for share in SHARES:
         scale = (most * share).bfloat16()
         step = scale.float()[..., None]
-        off = (
-            ((grouped / step).round_().clamp_(-half, half - 1).mul_(step).sub_(grouped)).square_().mul_(weight).sum(-1)
-        )
-        best, least = torch.where(off < least, scale, best), torch.minimum(off, least)
+        off = ((W_BNK / step).round_().clamp_(-half, half - 1).mul_(step).sub_(W_BNK)).square_() @ weight_BK[..., None]
+        best, least = torch.where(off[..., 0] < least, scale, best), torch.minimum(off[..., 0], least)
     return best
 
 
