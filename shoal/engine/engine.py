@@ -27,7 +27,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from shoal.engine import native, sampler
+from shoal.engine import native, offload, sampler
 from shoal.engine.cache import Cache, bytes_per_token
 from shoal.engine.disk import Disk
 from shoal.engine.gather import Gatherer, Result
@@ -166,6 +166,7 @@ class LocalEngine:
                 steps=self._steps,
                 disk_pages=self._disk.pages if self._disk else 0,
                 disk_hits=self._loaded,
+                **offload.counted(self.model),
             )
 
     def forget(self) -> None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 
 from shoal.engine.experts import Job, Matrix, Store, opened, read_into
 from shoal.model.hf_files import Entry
+from shoal.model.moe import MoE
+from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 from shoal.ops.quant import Quantised
 from shoal.runtime import resident_bytes
@@ -256,6 +259,16 @@ class Offload:
         while self._jobs:
             self.store.wait(list(self._jobs.values()))
             self._harvest()
+
+
+def counted(model: Transformer) -> dict[str, Any]:
+    """What an engine's `Stats` say of experts that come and go; nothing where none do."""
+    last = model.layers[-1].get_submodule("ffn")
+    if not isinstance(last, MoE) or not isinstance(last.experts, OffloadedExperts):
+        return {}
+    s = last.experts.offload.stats()
+    names = {"chosen", "found", "foretold", "read_ahead", "guessed", "right", "bytes_read", "seconds_reading"}
+    return {f"experts_{name}": getattr(s, name) for name in names}
 
 
 class OffloadedExperts(nn.Module):

@@ -129,6 +129,14 @@ class Stats:
     steps: int
     disk_pages: int = 0
     disk_hits: int = 0
+    experts_chosen: int = 0  # from here on where experts come from the disk: see offload.OffloadStats
+    experts_found: int = 0
+    experts_foretold: int = 0
+    experts_read_ahead: int = 0
+    experts_guessed: int = 0
+    experts_right: int = 0
+    experts_bytes_read: int = 0
+    experts_seconds_reading: float = 0.0
 
 
 class Engine(Protocol):

@@ -25,6 +25,14 @@ COUNTERS = {
     "accepted": "drafted tokens that stood",
     "steps": "engine steps",
     "disk_hits": "pages read from files",
+    "experts_chosen": "experts that layers chose, once a layer and step",
+    "experts_found": "of them, in memory already",
+    "experts_foretold": "of them, read ahead",
+    "experts_read_ahead": "experts read before they were chosen",
+    "experts_guessed": "experts foretold",
+    "experts_right": "of them, chosen",
+    "experts_bytes_read": "from the disk",
+    "experts_seconds_reading": "with a read going on",
 }
 
 
