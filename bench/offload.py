@@ -2,9 +2,9 @@
 
     python -m bench.offload [--quick] [--parts lite,v3]      LLAMA_CPP names the folder of llama-server
 
-`lite`: V2-Lite's shape (15.7B, random weights of 4 bits, 8 GiB of files) answers with 6 GiB for everything. Each side is
-a server in a memory control group of that size, so its page cache counts too, on both sides; rounds alternate. What is
-resident of ours is read from outside the whole time. Decoding counts, from the first token to the last.
+`lite`: V2-Lite's shape (15.7B, random weights of 4 bits, 8 GiB of files) answers with 6 GiB for everything. Each side
+is a server in a memory control group of that size, so its page cache counts too, on both sides; rounds alternate. What
+is resident of ours is read from outside the whole time. Decoding counts, from the first token to the last.
 
 `v3`: layers of V3's true width (a dense one and mixtures of 256 experts) under a budget that holds a part of them:
 tokens a second, held against what `shoal plan fit` foretells from this machine's rates and the hit rate that was seen,
@@ -134,11 +134,12 @@ def main() -> None:
 def measure(case: Case) -> dict:
     """Tokens a second of both sides (only ours for V3's layers), and what was seen of ours."""
     folder = drawn.prepare(case.model)
+    before = disk_bytes_per_s(next(folder.glob("*.safetensors")))
     why = no_groups()
     peer = case.model.startswith("lite") and why is None and llama.missing() is None
     if why or not peer:
         print(
-            f"{case.model}: llama.cpp is not measured: {why or llama.missing() or 'its files would be as large again'}"
+            f"{case.model}: no llama.cpp beside it: {why or llama.missing() or 'plan fit is what it is held against'}"
         )
     with ExitStack() as stack:
         groups = (
@@ -150,7 +151,8 @@ def measure(case: Case) -> dict:
         if peer:
             servers.append(stack.enter_context(theirs(case, groups[1])))
         rates, seen = take_rounds(case, servers)
-        hardware = Hardware(case.memory, read_bytes_per_s(), disk_bytes_per_s(next(folder.glob("*.safetensors"))))
+        disk = max(before, disk_bytes_per_s(next(folder.glob("*.safetensors"))))  # others may be at it
+        hardware = Hardware(case.memory, read_bytes_per_s(), disk)
         print(servers[0].log.read_text()[:600].partition("chat page")[0])
         resident = watch.close()
     assert resident <= case.memory, f"{resident:,} bytes were resident, {case.memory:,} were allowed"
@@ -168,6 +170,7 @@ def ours(case: Case, scratch: str, groups: list[Group]) -> Server:
 
 def theirs(case: Case, group: Group) -> Server:
     flags = ["-t", str(THREADS), "--no-ui", "--no-cache-prompt", "--cache-ram", "0", "--host", "127.0.0.1"]
+    flags += ["--no-repack"]  # a second copy of all weights, in memory of its own: it would be killed
     flags += ["-np", "1", "-c", str(CONTEXT), "-fa", "on", "-m", str(drawn.prepare_gguf(case.model))]
     return Server(f"llama-server {case.model}", group.command([str(llama.program("llama-server")), *flags]))
 
@@ -175,9 +178,10 @@ def theirs(case: Case, group: Group) -> Server:
 def take_rounds(case: Case, servers: list[Server]) -> tuple[dict[str, list[float]], dict[str, float]]:
     """The first round warms up: experts that are used find their places."""
     rates: dict[str, list[float]] = {server.name: [] for server in servers}
+    begun: dict[str, float] = {}
     for i in range(1 + case.rounds):
         for server in turned(servers, i):
-            n, before = (case.tokens if i else case.warm), metrics(servers[0])
+            n = case.tokens if i else case.warm
             seconds, (streamed,) = asyncio.run(together(server, [body(case, i, n)]))
             assert streamed.tokens == n, f"{server.name}: {streamed}"
             rate = (n - 1) / (seconds - streamed.first)
@@ -220,13 +224,11 @@ def report(results: dict[str, dict]) -> None:
         case, seen, machine, plan = r["case"], r["seen"], r["machine"], r["plan"]
         speeds = [[n, median(x), min(x), max(x)] for n, x in r["rates"].items()]
         show(["tokens/s", "median", "least", "most"], speeds)
-        print(
-            f"{case.model}: {gib(r['resident'])} resident of {gib(case.memory)}; {seen['hit_rate']:.0%} of experts found, "
-        )
-        print(f"  {seen['foretold']:.0%} foretold (precision {seen['precision']:.0%}); ", end="")
-        possible = seen["disk_bytes_per_s"] / machine.disk_rate
-        print(f"{seen['bytes_per_token'] / 1e6:.0f} MB a token, at {possible:.0%} of the disk's rate", end="")
-        print(f" ({machine.disk_rate / 1e9:.2f} GB/s); plan fit: {plan.tokens_per_s:.2f} tokens/s")
+        found = f"{seen['hit_rate']:.0%} of experts found, {seen['foretold']:.0%} foretold"
+        print(f"{case.model}: {gib(r['resident'])} resident of {gib(case.memory)}; {found}")
+        read = f"{seen['bytes_per_token'] / 1e6:.0f} MB a token at {seen['disk_bytes_per_s'] / machine.disk_rate:.0%}"
+        print(f"precision {seen['precision']:.0%}; {read} of the disk's {machine.disk_rate / 1e9:.2f} GB/s")
+        print(f"plan fit foretells {plan.tokens_per_s:.2f} tokens/s at this hit rate")
         if peers:
             ratio = Ratio.of(rates, peers[0][1])
             print(f"{ratio.median:.2f} times llama.cpp ({ratio.spread[0]:.2f} to {ratio.spread[1]:.2f}), limit {LIMIT}")
@@ -235,9 +237,8 @@ def report(results: dict[str, dict]) -> None:
         rows, ratios, limits = [*rows, f"{part} plan fit"], [*ratios, agreed], [*limits, 1 - AGREES]
         if part == "v3":
             r["whole"] = extrapolated(drawn.SHAPES[case.model], median(rates), r)
-            print(
-                f"all 61 layers: {r['whole']['measured']:.3f} tokens/s by these layers, {r['whole']['plan']:.3f} by plan fit"
-            )
+            whole = r["whole"]
+            print(f"all 61 layers: {whole['measured']:.3f} tokens/s by these, {whole['plan']:.3f} by plan fit")
     emit(
         "offload",
         rows=rows,

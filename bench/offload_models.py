@@ -50,7 +50,8 @@ def slice_of(config: ModelConfig, mixtures: int, dense: int | None = None) -> Mo
 
 SHAPES = {
     "lite": LITE,
-    "lite-quick": slice_of(LITE, 6),
+    # llama.cpp takes a query without latent in 27 layers alone
+    "lite-quick": replace(slice_of(LITE, 6), attention=replace(LITE.attention, q_lora_rank=768)),
     "v3-layers": slice_of(V3, 2, dense=1),
     "v3-layers-quick": slice_of(V3, 1, dense=1),
 }
@@ -81,6 +82,7 @@ def prepare_gguf(name: str) -> Path:
 
 
 def write_folder(config: ModelConfig, path: Path) -> None:
+    torch.set_num_threads(1)  # small matrices, one after the other
     path.mkdir(parents=True)
     skeleton = hf.skeleton(config, torch.bfloat16)
     write_tensors(path, [t for piece in hf.own_pieces(skeleton) for t in planned(piece)], 5 * 10**9)
@@ -163,6 +165,7 @@ def tokenizer(config: ModelConfig) -> Tokenizer:
 def write_gguf(config: ModelConfig, path: Path) -> None:
     import gguf
 
+    torch.set_num_threads(1)
     skeleton = hf.skeleton(config, torch.bfloat16)
     writer = gguf.GGUFWriter(path, "deepseek2")
     gguf_file.describe(writer, skeleton)

@@ -1,0 +1,116 @@
+"""`--memory`: what fits is divided, what doesn't is refused with what would do, and the ceiling holds from outside."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.cli import budget
+from shoal.data.tokenizer import Tokenizer
+from shoal.engine import split
+from shoal.engine.engine import LocalEngine
+from shoal.errors import ResourceError
+from shoal.model.config import MLAConfig, ModelConfig, MoEConfig
+from shoal.precision import weights
+from tests.engine import stored
+from tests.engine.models import LATENT, ids, model, request
+
+CONFIG = replace(LATENT, n_mtp=0)
+# 0.69 GB in bf16, 0.63 of it experts; sizes that the native program takes
+LARGE = ModelConfig(
+    vocab_size=512,
+    dim=512,
+    n_layers=5,
+    hidden_dim=1024,
+    attention=MLAConfig(8, 64, 32, 32, 32),
+    moe=MoEConfig(64, 1, 4, 800, n_dense_layers=1),
+    max_positions=256,
+    init_std=0.05,
+)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> split.Parts:
+    path = stored.write(tmp_path_factory.mktemp("a") / "m", CONFIG, "int8", stored.of(model(CONFIG)))
+    return split.examine(path, torch.bfloat16)
+
+
+def divided(parts: split.Parts, memory: int, cache: int | None = None, process: int = 100 * MIB):
+    return budget.division(parts, memory, cache, None, process, "cpu")
+
+
+def test_near_bytes_are_those_that_are_read(parts):
+    far, o = split.load(split.examine(parts.folder, torch.bfloat16), 1, direct=True)
+    held = sum(t.nbytes for t in far.state_dict().values())
+    held += sum(m.weight.nbytes for m in far.modules() if isinstance(m, weights.QuantisedLinear))
+    assert parts.near_bytes == held
+    o.store.close()
+
+
+def test_a_budget_that_holds_all_of_it_holds_all_of_it(parts):
+    d, _, whole = divided(parts, 1000 * MIB)
+    assert whole and d.hit_rate == 1 and d.near == parts.near_bytes + parts.embedding_bytes
+
+
+def test_a_budget_too_small_is_refused_with_the_smallest_that_works(parts):
+    with pytest.raises(ResourceError) as e:
+        divided(parts, 64 * MIB)
+    smallest = int(re.search(r"--memory (\d+)MiB", e.value.fix)[1]) * MIB  # type: ignore[index]
+    d, cache, _ = divided(parts, smallest)
+    assert d.slots >= 2 and d.total <= smallest and cache > 0
+    with pytest.raises(ResourceError):
+        divided(parts, smallest - 2 * MIB)
+
+
+def test_a_cache_that_was_asked_for_is_not_made_smaller(parts):
+    d, cache, _ = divided(parts, 300 * MIB, cache=20 * MIB)
+    assert cache == d.cache == 20 * MIB
+    with pytest.raises(ResourceError, match="20MiB"):
+        divided(parts, 110 * MIB, cache=20 * MIB)
+
+
+def resident(pid: int) -> int:
+    try:
+        found = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except OSError:
+        return 0
+    return 1024 * sum(map(int, found))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what a process has is read from /proc")
+def test_the_ceiling_holds_from_outside_and_tokens_are_those_of_the_resident_model(tmp_path):
+    def drawn(piece):
+        generator = torch.Generator().manual_seed(len(piece.name) + 977 * (piece.expert or 0) + len(piece.shape))
+        return torch.randn(piece.shape, generator=generator) * piece.shape[-1] ** -0.5
+
+    path = stored.write(tmp_path / "m", LARGE, "bf16", drawn)
+    tokenizer = Tokenizer.train(["def add(a, b):\n    return a + b\n" * 50], 400)
+    tokenizer.save(path)
+    text = "def add(a, b):\n    return" * 3
+    memory = 340 * MIB
+    assert sum(f.stat().st_size for f in path.glob("*.safetensors")) > memory
+    words = ["generate", str(path), "--prompt", text, "--max-tokens", "24", "--temperature", "0", "--json"]
+    command = [sys.executable, "-m", "shoal.cli.main", *words, "--memory", f"{memory // MIB}MiB"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        most = 0
+        while process.poll() is None:
+            most = max(most, resident(process.pid))
+            time.sleep(0.003)
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "experts" in err and "disk" in err
+    assert 200 * MIB < most <= memory, f"{most / MIB:.0f} MiB"
+    tokens = ([tokenizer.bos_id] if tokenizer.bos_id is not None else []) + tokenizer.encode(text)
+    engine = LocalEngine(weights.load(path))
+    near = ids(engine.generate([request(tuple(tokens), 24)])[0])
+    engine.close()
+    found = json.loads(out)["tokens"]
+    assert found == near[: len(found)]
