@@ -131,6 +131,7 @@ class Store:
         self._arena = mmap.mmap(-1, n_slots * self.slot_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._arena.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._arena)
+        self._made: dict[int, tuple[int, tuple[Matrix, Matrix, Matrix]]] = {}  # by slot
         self._queue: list[tuple[bool, int, Job]] = []
         self._numbers = count()
         self._work, self._end = Condition(), Condition()
@@ -175,10 +176,13 @@ class Store:
         self._arena.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
 
     def matrices(self, expert: int, slot: int) -> tuple[Matrix, Matrix, Matrix]:
-        """Gate, up and down, where they lie now."""
-        where = runs(self.experts[expert])
-        gate, up, down = (self._matrix(located, where, slot * self.slot_bytes) for located in self.experts[expert])
-        return gate, up, down
+        """Gate, up and down, where they lie now: the same objects as long as the expert is in this slot."""
+        known = self._made.get(slot)
+        if known is None or known[0] != expert:
+            where = runs(self.experts[expert])
+            gate, up, down = (self._matrix(located, where, slot * self.slot_bytes) for located in self.experts[expert])
+            known = self._made[slot] = (expert, (gate, up, down))
+        return known[1]
 
     def _matrix(self, m: Located, where: list[Run], base: int) -> Matrix:
         def tensor(e: Entry, dtype: torch.dtype) -> Tensor:

@@ -52,6 +52,9 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+MATRIX_BYTES = ctypes.sizeof(_Matrix)
+
+
 class _Instruction(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("kind", "wait")),
@@ -110,6 +113,14 @@ class Matrices:
         assert (gate.shape, up.shape, down.shape) == (wide, wide, narrow), (e, gate.shape, up.shape, down.shape)
         self._held[e] = (gate, up, down)
         self.table[3 * e : 3 * e + 3] = [*_alike(gate, up), _matrix(down)]
+
+    def kept(self, e: int) -> bytes:
+        """How it is placed, for `put`: as long as its matrices stay where they are."""
+        return bytes(memoryview(self.table).cast("B")[3 * e * MATRIX_BYTES : 3 * (e + 1) * MATRIX_BYTES])
+
+    def put(self, e: int, kept: bytes) -> None:
+        """`place`, without looking again. Whoever kept it keeps the matrices, too."""
+        ctypes.memmove(ctypes.addressof(self.table) + 3 * e * MATRIX_BYTES, kept, 3 * MATRIX_BYTES)
 
     def clear(self, e: int) -> None:
         self._held[e] = ()
