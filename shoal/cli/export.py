@@ -1,4 +1,5 @@
-"""`shoal export MODEL OUT`: write a model as a Hugging Face folder that transformers, vLLM and SGLang open.
+"""`shoal export MODEL OUT`: write a model as a Hugging Face folder that transformers, vLLM and SGLang open, or as
+OUT.gguf for llama.cpp.
 
 The model is checked as it is read (names, shapes, ranges, scales), what is in few bits is dequantised, and what is
 written has canonical names. With `--weights` its matrices are rounded to 8 or 4 bits; `shoal quantize` looks closer at
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal.cli.export_gguf import WEIGHTS, to_file, to_folder
 from shoal.cli.opened import DTYPES, MODEL_HELP, check_memory, check_vocabulary, model_folder
 from shoal.errors import ConfigError, ResourceError
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from shoal.precision.convert import Make
 
 FORMS = ("fp8", "int8", "int4")
+WEIGHTS_HELP = f"matrices in few bits, rounded to the nearest: {', '.join(FORMS)}; of a GGUF file {', '.join(WEIGHTS)}"
 INT4_GROUP = 64
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 BESIDE = (  # copied as they are where they exist
@@ -35,27 +38,41 @@ BESIDE = (  # copied as they are where they exist
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shoal export", description="Write a model as a Hugging Face folder.")
+    parser = argparse.ArgumentParser(prog="shoal export", description="Write a model as a folder or a GGUF file.")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     return convert(parser, argv)
 
 
 def convert(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make, or a file whose name ends in .gguf")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dtype", choices=DTYPES, help="of all tensors but the router's bias (default: as they are)")
-    what.add_argument("--weights", choices=FORMS, help="matrices in few bits, rounded to the nearest")
+    what.add_argument("--weights", choices=(*FORMS, *WEIGHTS), help=WEIGHTS_HELP)
     add_group(parser)
     parser.add_argument("--max-shard-size", default="5GB", help="of one file, such as 500MB; default 5GB")
     args = parser.parse_args(argv)
     shard_bytes, group = n_bytes(args.max_shard_size), group_of(args.weights, args.group)
-    with whole_folder(args.out) as part:
+    as_file = args.out.suffix == ".gguf"
+    check_weights(args.weights, args.dtype, as_file)
+    with whole_output(args.out) as part:
         source = model_folder(args.model)
-        if args.weights:
+        if as_file:
+            print(to_file(source, part, args.weights or "bf16"), args.out)
+        elif args.weights:
             print(write_in_few_bits(source, part, args.weights, group, shard_bytes), args.out)
         else:
             print(write(source, part, args.dtype, shard_bytes), args.out)
     return 0
+
+
+def check_weights(weights: str | None, dtype: str | None, as_file: bool) -> None:
+    """Raises ConfigError for what the output has no form for."""
+    known, what = (WEIGHTS, "a GGUF file") if as_file else (FORMS, "a folder")
+    if weights and weights not in known:
+        fix = f"leave --weights out, or {'name a folder' if as_file else 'let OUT end in .gguf'}"
+        raise ConfigError(f"--weights {weights} for {what}", " or ".join(known), fix)
+    if as_file and dtype:
+        raise ConfigError("--dtype for a GGUF file", "--weights", f"give one of {', '.join(WEIGHTS)}")
 
 
 def add_group(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +93,10 @@ def group_of(weights: str | None, group: int | None) -> int | None:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes OUT when all is well and vanishes when it isn't."""
+def whole_output(out: Path) -> Iterator[Path]:
+    """A path to write a folder or file to, which becomes OUT when all is well and vanishes when it isn't."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty", "a new folder", "choose another OUT")
+        raise ConfigError(f"{out} exists and is not empty", "a new one", "choose another OUT")
     part = out.parent / f".{out.name}.{os.getpid()}"
     try:
         yield part
@@ -89,6 +106,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
             raise ResourceError(f"{out}: {e.strerror}", "room on the disk", "free some space") from None
         raise ConfigError(f"{out}: {e.strerror}", "a folder we may write", "choose another OUT") from None
     finally:
+        if part.is_file():
+            part.unlink()
         shutil.rmtree(part, ignore_errors=True)
 
 
@@ -100,6 +119,8 @@ def write(source: Path, target: Path, dtype: str | None, shard_bytes: int) -> st
     from shoal.model.counts import count_parameters
     from shoal.model.hf_files import read_json
 
+    if hf.is_gguf(source):
+        return to_folder(source, target, dtype or "bfloat16", shard_bytes)
     raw, config = read_json(source, "config.json"), hf.load_config(source)
     if (source / "tokenizer.json").exists():
         from shoal.data.tokenizer import Tokenizer

@@ -34,8 +34,8 @@ VERBS = {  # verb: (module of shoal.cli, what it does), in the order of a first 
     "data": ("data", "turn text into shards"),
     "tokenizer": ("tokenizer", "train a tokenizer"),
     "quantize": ("quantize", "write a model in 8 or 4 bits, and say what that costs"),
-    "export": ("export", "write a model as a Hugging Face folder"),
-    "import": ("import_", "take in a Hugging Face folder"),
+    "export": ("export", "write a model as a Hugging Face folder, or as a GGUF file"),
+    "import": ("import_", "take in a Hugging Face folder or a GGUF file"),
 }
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 

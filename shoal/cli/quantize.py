@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.cli.export import FORMS, add_group, group_of, n_bytes, whole_folder, write_in_few_bits
+from shoal.cli.export import FORMS, add_group, group_of, n_bytes, whole_output, write_in_few_bits
 from shoal.cli.opened import MODEL_HELP, check_vocabulary, model_folder
 from shoal.errors import ConfigError, DataError
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     group, shard_bytes, calibrate = group_of(args.weights, args.group), n_bytes(args.max_shard_size), text_of(args)
     source = model_folder(args.model)
-    with whole_folder(args.out) as part:
+    with whole_output(args.out) as part:
         make = None if calibrate == NONE else calibration(source, calibrate, args.tokens, group)
         print(write_in_few_bits(source, part, args.weights, group, shard_bytes, make), args.out)
         if args.tokens:

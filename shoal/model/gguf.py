@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shoal.errors import ModelError
 from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig
-from shoal.model.gguf_blocks import decoded, in_few_bits
+from shoal.model.gguf_blocks import GROUP, GROUP_BYTES, decoded, in_few_bits
 from shoal.model.gguf_config import FIX, Settings, model_config
 from shoal.model.gguf_file import AGAIN, Entry, GGUFFile
 from shoal.model.gguf_names import FREQUENCIES, merged_name, split_name, stored_name
@@ -64,10 +64,9 @@ class GGUF:
         return self.entries[name].file, self.entries[name].start
 
     def n_bytes(self, piece: Piece) -> int:
-        """In the file."""
+        """Of what `quantised` makes."""
         (name, _), *_ = self._stored(piece)
-        kind = self.entries[name].kind
-        return math.prod(piece.shape) // kind.block * kind.nbytes
+        return math.prod(piece.shape) // GROUP * GROUP_BYTES[self.entries[name].kind.name]
 
     def in_few_bits(self, piece: Piece) -> bool:
         return any(self.entries[name].kind.block > 1 for name, _ in self._stored(piece))

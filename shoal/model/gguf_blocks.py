@@ -128,3 +128,4 @@ def q6_K(b: Tensor) -> Tensor:
 
 
 DECODERS = {f.__name__: f for f in (q8_0, q5_0, q4_0, q4_1, q5_1, q4_K, q5_K, q6_K)}
+GROUP_BYTES = dict.fromkeys(DECODERS, 34) | {"q4_0": 18, "q4_1": 20, "q4_K": 20}  # in our forms
