@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.cli.export_gguf import WEIGHTS, to_file, to_folder
-from shoal.cli.opened import DTYPES, MODEL_HELP, check_memory, check_vocabulary, model_folder
+from shoal.cli.export_gguf import WEIGHTS, to_file
+from shoal.cli.opened import DTYPES, MODEL_HELP, check_memory, check_vocabulary, end_ids, model_folder
 from shoal.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -117,15 +117,8 @@ def write(source: Path, target: Path, dtype: str | None, shard_bytes: int) -> st
 
     from shoal.model import hf
     from shoal.model.counts import count_parameters
-    from shoal.model.hf_files import read_json
 
-    if hf.is_gguf(source):
-        return to_folder(source, target, dtype or "bfloat16", shard_bytes)
-    raw, config = read_json(source, "config.json"), hf.load_config(source)
-    if (source / "tokenizer.json").exists():
-        from shoal.data.tokenizer import Tokenizer
-
-        check_vocabulary(Tokenizer.load(source).vocab_size, config.vocab_size)
+    raw, config = said_of(source), hf.load_config(source)
     stored = raw.get("torch_dtype") or raw.get("dtype")
     matrices = dtype or (stored if stored in DTYPES else "float32")  # holds any other without loss
     check_memory(config, matrices)
@@ -141,14 +134,9 @@ def write_in_few_bits(
     source: Path, target: Path, weights: "Form", group: int | None, shard_bytes: int, make: "Make | None" = None
 ) -> str:
     """The same with matrices in few bits, one of them in memory at a time; `make` makes them, rounding if it's None."""
-    from shoal.model.hf import is_gguf
-    from shoal.model.hf_files import read_json
     from shoal.precision import convert
 
-    if is_gguf(source):
-        fix = "keep it as it is, or write it as a folder by `shoal import` first"
-        raise ConfigError(f"{source}, a GGUF file", "a folder: its numbers are in few bits already", fix)
-    raw, opened = read_json(source, "config.json"), convert.Source(source)
+    raw, opened = said_of(source), convert.Source(source)
     ids = {"bos_id": raw.get("bos_token_id"), "eos_id": raw.get("eos_token_id")}
     convert.write(opened, target, weights, group, make, shard_bytes, **ids)
     copy_beside(source, target)
@@ -159,9 +147,36 @@ def write_in_few_bits(
     return f"{raw['model_type']} in {weights}{groups}, {s.whole / 1e6:,.1f} MB, {s.whole / s.whole_fp32:.1%} of fp32 →"
 
 
-def copy_beside(source: Path, target: Path) -> None:
-    from shoal.model.hf_files import open_regular
+def said_of(source: Path) -> dict:
+    """The model's config.json, or what it would be of a GGUF file; the tokenizer, if there is one, is checked."""
+    from shoal.data.tokenizer import Tokenizer
+    from shoal.model import hf
+    from shoal.model.hf_config import to_hf_config
+    from shoal.model.hf_files import read_json
 
+    config = hf.load_config(source)
+    if not hf.is_gguf(source) and not (source / "tokenizer.json").exists():
+        return read_json(source, "config.json")
+    tokenizer = Tokenizer.load(source)
+    check_vocabulary(tokenizer.vocab_size, config.vocab_size)
+    if hf.is_gguf(source):
+        return to_hf_config(config, "bfloat16", tokenizer.bos_id, tokenizer.eos_id)
+    return read_json(source, "config.json")
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """The tokenizer, and which tokens end a turn."""
+    from shoal.data.tokenizer import Tokenizer
+    from shoal.model import hf
+    from shoal.model.hf_files import open_regular, read_json, write_json
+
+    if hf.is_gguf(source):
+        Tokenizer.load(source).save(target)
+        ends = list(end_ids(source, hf.load_config(source).vocab_size))
+        if len(ends) > 1:
+            name = "generation_config.json"
+            write_json(target / name, read_json(target, name) | {"eos_token_id": ends})
+        return
     for name in BESIDE:
         if (source / name).exists():
             with open_regular(source, name) as file, open(target / name, "wb") as copy:

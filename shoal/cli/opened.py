@@ -72,10 +72,11 @@ def prepared(name: str, threads: int | None) -> "tuple[Path, ModelConfig, Tokeni
     folder = model_folder(name)
 
     from shoal import runtime
+    from shoal.data.tokenizer import Tokenizer
     from shoal.model import hf
 
     config = hf.load_config(folder)
-    tokenizer = tokenizer_in(folder)
+    tokenizer = Tokenizer.load(folder)
     check_vocabulary(tokenizer.vocab_size, config.vocab_size)
     return folder, config, tokenizer, runtime.setup(threads).device
 
@@ -109,18 +110,6 @@ def open_to_train(name: str, dtype: str, threads: int | None = None) -> Opened:
     return Opened(hf.load(folder, getattr(torch, dtype), device), tokenizer, folder)
 
 
-def tokenizer_in(folder: Path) -> "Tokenizer":
-    from shoal.data.tokenizer import Tokenizer
-    from shoal.model.hf import is_gguf
-
-    if not is_gguf(folder):
-        return Tokenizer.load(folder)
-    from shoal.data.gguf_tokenizer import tokenizer_of
-    from shoal.model.gguf_file import GGUFFile
-
-    return tokenizer_of(GGUFFile(folder).metadata, str(folder))
-
-
 def reopened(run: Run, base: str, dtype: str, threads: int | None) -> Opened:
     """What a run goes on from: its newest whole checkpoint, else the `base` it began with. `dtype` as in its config."""
     source = str(run.path) if any(run.checkpoints.glob("step-*")) else base
@@ -141,9 +130,8 @@ def end_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
 
     if folder.suffix == ".gguf":
         from shoal.data.gguf_tokenizer import turn_ends
-        from shoal.model.gguf_file import GGUFFile
 
-        return turn_ends(GGUFFile(folder).metadata, vocab_size)
+        return turn_ends(folder, vocab_size)
     name = "generation_config.json"
     found = read_json(folder, name).get("eos_token_id") if (folder / name).exists() else None
     ids = [] if found is None else found if isinstance(found, list) else [found]

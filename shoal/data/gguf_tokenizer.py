@@ -7,11 +7,13 @@ and few others do), it is taken as it is. SentencePiece vocabularies ("llama") a
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from shoal.data.tokenizer import Tokenizer, parse
 from shoal.errors import DataError
+from shoal.model.gguf_file import GGUFFile
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 FIX = "take the model's Hugging Face folder, or convert it with a newer llama.cpp"
@@ -52,6 +54,11 @@ SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwe
 WHOLE_WORDS = ("llama-bpe",)  # a word of the vocabulary is its token, whatever its merges
 
 
+def tokenizer_in(path: Path) -> Tokenizer:
+    """What `Tokenizer.load` opens a GGUF file with. Raises ModelError and DataError."""
+    return tokenizer_of(GGUFFile(path).metadata, str(path))
+
+
 def tokenizer_of(metadata: Mapping[str, object], where: str) -> Tokenizer:
     """Of a GGUF file's settings; `where` names the file in a DataError."""
     said = Said(metadata, where)
@@ -63,8 +70,9 @@ def tokenizer_of(metadata: Mapping[str, object], where: str) -> Tokenizer:
     return Tokenizer(text, bos, said.token("eos_token_id", tokens), template if isinstance(template, str) else None)
 
 
-def turn_ends(metadata: Mapping[str, object], vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end a turn."""
+def turn_ends(path: Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a turn in a GGUF file. Raises ModelError."""
+    metadata = GGUFFile(path).metadata
     ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size)
 

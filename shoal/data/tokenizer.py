@@ -85,9 +85,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Open a tokenizer.json, or a folder that has one. The names of bos and eos and the chat template come from
-        tokenizer_config.json beside it; a chat_template.jinja goes first."""
+        """Open a tokenizer.json, a folder that has one, or a GGUF file. The names of bos and eos and the chat template
+        come from tokenizer_config.json beside it; a chat_template.jinja goes first."""
         path = Path(path)
+        if path.suffix == ".gguf":
+            from shoal.data.gguf_tokenizer import tokenizer_in
+
+            return tokenizer_in(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         config = json_object(read(file.with_name("tokenizer_config.json"), missing="{}"), "tokenizer_config.json")
         template = read(file.with_name("chat_template.jinja"), missing="") or chat_template(config)

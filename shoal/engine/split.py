@@ -42,10 +42,11 @@ class Parts(NamedTuple):
 
 def examine(folder: Path, dtype: torch.dtype) -> Parts:
     """Raises ModelError."""
+    if hf.is_gguf(folder):
+        fix = f"write it as one first: shoal import {folder} FOLDER --weights int8"
+        raise ModelError(f"a memory budget for {folder}", "a folder, whose matrices can be read one at a time", fix)
     model, stored = hf.opened(folder, dtype)
-    if not isinstance(stored, Stored):
-        fix = "leave --memory out, or write it as a folder of safetensors with `shoal export`"
-        raise ModelError(f"{folder} is a GGUF file", "safetensors, whose experts can be read one by one", fix)
+    assert isinstance(stored, Stored)
     beyond = tuple(f"model.layers.{model.config.n_layers + k}." for k in range(model.config.n_mtp))
     in_module = sum(e.end - e.start for name, e in stored.files.entries.items() if name.startswith(beyond))
     model.mtp, model.config = nn.ModuleList(), replace(model.config, n_mtp=0)

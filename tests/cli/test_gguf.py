@@ -78,6 +78,16 @@ def test_few_bits_stay_few(folder, tmp_path, weights, capsys):
     assert end_ids(again, 512) == end_ids(out, 512)
 
 
+def test_a_file_becomes_a_folder_in_few_bits(folder, file, tmp_path, capsys):
+    assert export.main([str(file), str(tmp_path / "int8"), "--weights", "int8"]) == 0
+    assert export.main([str(folder), str(tmp_path / "same"), "--weights", "int8"]) == 0
+    one, other = (hf.load(tmp_path / name, torch.float32).state_dict() for name in ("int8", "same"))
+    assert all(torch.equal(x, other[name]) for name, x in one.items())
+    asked = [str(file), "--prompt", "x", "--memory", "1GiB"]
+    assert run_verb("generate", asked) == 2
+    assert "shoal import" in capsys.readouterr().err
+
+
 def test_what_a_file_cannot_be_is_said(folder, file, tmp_path, capsys):
     for argv, match in (
         (["x.gguf", "--weights", "int4"], "--weights int4 for a GGUF file"),

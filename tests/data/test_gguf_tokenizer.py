@@ -15,7 +15,6 @@ from shoal.data.gguf_tokenizer import (
     as_json,
     settings_of,
     tokenizer_of,
-    turn_ends,
 )
 from shoal.data.tokenizer import PATTERN, Tokenizer, parse
 from shoal.errors import DataError
@@ -60,10 +59,6 @@ def test_the_same_ids_and_text(source):
 
 def test_no_bos_where_the_file_says_so(source):
     assert tokenizer_of(converted(source, "qwen2") | {"tokenizer.ggml.add_bos_token": False}, "m").bos_id is None
-
-
-def test_turns_end_at_several_tokens(source):
-    assert turn_ends(converted(source, "qwen2"), 400) == (source.eos_id, 5)
 
 
 def test_a_whole_tokenizer_in_the_file_is_taken_as_it_is():
@@ -125,5 +120,5 @@ def test_what_is_written_is_read(source):
         assert found.encode(TEXTS[1]) == source.encode(TEXTS[1])
         assert (found.vocab_size, found.bos_id, found.eos_id) == (source.vocab_size, source.bos_id, source.eos_id)
         assert found.chat_template == source.chat_template
-    assert turn_ends(said, 512) == (source.eos_id, 9)
+    assert said["tokenizer.ggml.eot_token_id"] == 9
     assert settings_of(Tokenizer.train(TEXTS, 400), 400)["tokenizer.ggml.pre"] == "gpt-2"
