@@ -61,7 +61,18 @@ def takes(model: Transformer) -> bool:
     sizes = [size for matrix in far for size in matrix.shape]
     sizes += [size for p in model.parameters() if id(p) not in high and p.dim() > 1 for size in p.shape[-2:]]
     heads = [getattr(a, name, 16) for name in HEAD_SIZES]
-    return own and absorbed and typed and all(map(program.takes, few)) and cpu.takes(model.embed.weight, *sizes, *heads)
+    few_taken = all(map(program.takes, few)) and all(map(alike, modules))
+    return own and absorbed and typed and few_taken and cpu.takes(model.embed.weight, *sizes, *heads)
+
+
+def alike(module: nn.Module) -> bool:
+    """Whether gate and up, with which one multiplies at once, are of one form and group; GGUF files may mix them."""
+    if isinstance(module, QuantisedExperts):
+        return all((gate.form, gate.block) == (up.form, up.block) for gate, up in zip(module.gate, module.up))
+    if not isinstance(module, SwiGLU):
+        return True
+    gate, up = ((w.form, w.block) if isinstance(w, Quantised) else None for w in (module.gate.weight, module.up.weight))
+    return gate == up
 
 
 def in_few_bits(module: nn.Module) -> Sequence[Quantised]:

@@ -11,8 +11,10 @@ from shoal.cli import export, generate, score
 from shoal.cli.main import run_verb
 from shoal.cli.opened import end_ids, open_model, turns_of
 from shoal.data.tokenizer import Tokenizer
+from shoal.engine import native
 from shoal.errors import ConfigError, ModelError
-from shoal.model import hf
+from shoal.model import gguf_write, hf
+from shoal.model.attend import Packed
 from shoal.model.hf_files import read_json, write_json
 from shoal.model.presets import PRESETS
 from shoal.model.transformer import Transformer
@@ -76,6 +78,16 @@ def test_few_bits_stay_few(folder, tmp_path, weights, capsys):
     assert all(torch.equal(x, dense[name]) for name, x in source.items())
     assert Tokenizer.load(again).sha256 == Tokenizer.load(folder).sha256
     assert end_ids(again, 512) == end_ids(out, 512)
+
+
+def test_gate_and_up_of_other_types_run_as_modules(folder, tmp_path, monkeypatch):
+    path, uneven = tmp_path / "m.gguf", gguf_write.kind_of
+    monkeypatch.setattr(gguf_write, "kind_of", lambda name, *a: "q8_0" if "ffn_up" in name else uneven(name, *a))
+    export.main([str(folder), str(path), "--weights", "q4_0"])
+    model = open_model(str(path), "bfloat16").model
+    assert not native.takes(model)
+    tokens = torch.arange(20, 50)
+    assert model(tokens, torch.arange(30), Packed([30])).isfinite().all()
 
 
 def test_a_file_becomes_a_folder_in_few_bits(folder, file, tmp_path, capsys):
