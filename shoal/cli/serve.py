@@ -136,8 +136,10 @@ def make_server(
 
 
 def model_name(folder: Path) -> str:
-    """A checkpoint goes by its run's name."""
+    """A checkpoint goes by its run's name, a GGUF file by its own without the ending."""
     folder = folder.resolve()
+    if folder.suffix == ".gguf":
+        return folder.stem
     return folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
 
 
