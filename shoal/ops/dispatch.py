@@ -30,7 +30,7 @@ def describe() -> str:
 
 def gpu_status() -> str:
     if triton_kernels():
-        return "Triton's for expert rows and latent attention, torch's for the rest"
+        return "Triton's for expert rows, latent attention and 8-bit training, torch's for the rest"
     return "torch's (SHOAL_KERNELS=reference)" if cpu.wanted() == "reference" else "torch's (no Triton here)"
 
 

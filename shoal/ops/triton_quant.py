@@ -4,9 +4,10 @@
     columns   128 × 1 tiles, written turned         for dW = dyᵀ x, which sums over T   `columns`
     blocks    128 × 128 of a weight [.., N, K]                                          `blocks`
 
-What is fused is rounded once, from fp32 to 8 bits: the bf16 tensor in between is never written, so never rounded to.
-Codes lie along the dimension that a product will sum over (Hopper multiplies 8-bit numbers no other way), scales along
-the other one, so that neighbouring threads of a product read neighbouring scales.
+What is fused is rounded as if it were not, to the input's dtype and then to 8 bits: the numbers are the same, but the
+tensor in between is neither written nor read. Codes lie along the dimension that a product will sum over (Hopper
+multiplies 8-bit numbers no other way), scales along the other one, so that neighbouring threads of a product read
+neighbouring scales.
 
 Shapes: T tokens, K width, N outputs, B = ⌈K / 128⌉; M rows of E experts, each expert's in one run; S slots of rows.
 """
@@ -164,7 +165,8 @@ def _swiglu(gate, up, gate_stride, up_stride, codes, scales, T, K, ROWS: tl.cons
     row, inside = t.to(tl.int64)[:, None], (t < T)[:, None] & (k < K)[None, :]
     g = tl.load(gate + row * gate_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    _store_rows(g * tl.sigmoid(g) * u, t, k, codes, scales, T, K)
+    values = (g * tl.sigmoid(g) * u).to(gate.dtype.element_ty).to(tl.float32)
+    _store_rows(values, t, k, codes, scales, T, K)
 
 
 @triton.jit
@@ -175,7 +177,7 @@ def _rms_norm(x, stride, weight, codes, scales, T, K, eps, B2: tl.constexpr, TIL
     values = tl.load(x + t * stride + k, mask=k < K, other=0.0).to(tl.float32)
     root = tl.sqrt_rn(tl.sum(tl.sum(values * values, 1), 0) / K + eps)
     values = values / root * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
-    made, scale = scaled(values, 1, scales.dtype.element_ty)
+    made, scale = scaled(values.to(x.dtype.element_ty).to(tl.float32), 1, scales.dtype.element_ty)
     tl.store(codes + t * K + k, made.to(tl.float8e4nv), mask=k < K)
     tl.store(scales + b.to(tl.int64) * T + t, scale, mask=b * TILE < K)
 

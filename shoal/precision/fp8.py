@@ -8,9 +8,10 @@ Between forward and backward x̂ lies in 8 bits (in 12, E5M6, before attention's
 from which SwiGLU's output is made again; policy.py has the table. `swap` puts these leaves in from outside, over the
 same parameters: names, checkpoints and optimizer don't notice. `restore` takes them out.
 
-These are the numerics of 8-bit training, not its speed. Without a unit for FP8 the operands, rounded to what 8 bits can
-hold, are multiplied in bf16 with an fp32 sum, which is exact under power-of-two scales (quant_tiles.py); under fp32
-scales they are multiplied in fp32, and take as much longer. A weight's gradient leaves in the weight's dtype.
+On a CPU these are the numerics of 8-bit training, not its speed. Without a unit for FP8 the operands, rounded to what
+8 bits can hold, are multiplied in bf16 with an fp32 sum, which is exact under power-of-two scales (quant_tiles.py);
+under fp32 scales they are multiplied in fp32, and take as much longer. On a GPU with Triton they are multiplied as they
+are (fp8_tiles.py). A weight's gradient leaves in the weight's dtype.
 
 Shapes: M rows (tokens, or rows sorted by expert), K inputs, N outputs, F hidden, E matrices (1, or experts).
 """
@@ -23,6 +24,7 @@ from shoal.model.moe import Experts
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 from shoal.ops import fp8_tiles
+from shoal.ops.fp8_tiles import Operand
 from shoal.ops.quant import Quantised
 from shoal.ops.quant_tiles import E5M6, ROW_TILE, Scales
 from shoal.precision import policy
@@ -38,13 +40,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x_MK: Tensor, counts_E: Tensor, operand_MK: Tensor, kept, scales: Scales, *weights: Tensor):
         ctx.save_for_backward(counts_E, kept.codes, kept.scales, *weights)
         ctx.kind, ctx.scales = type(kept), scales
-        return _times(operand_MK, _matrices(weights, len(counts_E), scales).mT, counts_E).to(x_MK.dtype)
+        return fp8_tiles.product(operand_MK, fp8_tiles.stacked(weights, len(counts_E), scales), counts_E, x_MK.dtype)
 
     @staticmethod
     def backward(ctx, dy_MN: Tensor):
         counts_E, codes, row_scales, *weights = ctx.saved_tensors
-        matrices_ENK = _matrices(weights, len(counts_E), ctx.scales)
-        dx_MK = _times(fp8_tiles.passing_rows(dy_MN, ctx.scales), matrices_ENK, counts_E).to(dy_MN.dtype)
+        matrices_EKN = fp8_tiles.turned(fp8_tiles.stacked(weights, len(counts_E), ctx.scales))
+        dx_MK = fp8_tiles.product(fp8_tiles.passing_rows(dy_MN, ctx.scales), matrices_EKN, counts_E, dy_MN.dtype)
         x_MK = _restored(ctx.kind, codes, row_scales, ctx.scales)
         d_ENK = _weight_gradient(dy_MN, x_MK, counts_E, ctx.scales)
         parts = d_ENK.split([w.numel() // len(d_ENK) // d_ENK.shape[2] for w in weights], 1)
@@ -59,36 +61,25 @@ class _SwiGLUDown(torch.autograd.Function):
         kept = fp8_tiles.kept_rows(gate_up_M2F.unflatten(1, (2, -1)).flatten(0, 1), scales)
         ctx.save_for_backward(counts_E, kept.codes, kept.scales, down_ENF)
         ctx.scales = scales
-        h_MF = ops.swiglu(*gate_up_M2F.chunk(2, -1))
-        down = fp8_tiles.blocks(down_ENF, scales).mT
-        return _times(fp8_tiles.passing_rows(h_MF, scales), down, counts_E).to(h_MF.dtype)
+        h_MF = fp8_tiles.swiglu_rows(gate_up_M2F, scales)
+        return fp8_tiles.product(h_MF, fp8_tiles.blocks(down_ENF, scales), counts_E, gate_up_M2F.dtype)
 
     @staticmethod
     def backward(ctx, dy_MN: Tensor):
         counts_E, codes, row_scales, down_ENF = ctx.saved_tensors
         gate_up = _restored(Quantised, codes, row_scales, ctx.scales).to(dy_MN.dtype).unflatten(0, (-1, 2)).flatten(1)
-        dh_MF = _times(fp8_tiles.passing_rows(dy_MN, ctx.scales), fp8_tiles.blocks(down_ENF, ctx.scales), counts_E)
+        down_EFN = fp8_tiles.turned(fp8_tiles.blocks(down_ENF, ctx.scales))
+        dh_MF = fp8_tiles.product(fp8_tiles.passing_rows(dy_MN, ctx.scales), down_EFN, counts_E, dy_MN.dtype)
         with torch.enable_grad():
             h_MF = ops.swiglu(*gate_up.requires_grad_().chunk(2, -1))
-        (dgate_up,) = torch.autograd.grad(h_MF, gate_up, dh_MF.to(h_MF.dtype))
+        (dgate_up,) = torch.autograd.grad(h_MF, gate_up, dh_MF)
         ddown_ENF = _weight_gradient(dy_MN, h_MF.detach(), counts_E, ctx.scales)
         return dgate_up, None, None, ddown_ENF.to(down_ENF.dtype)
 
 
-def _times(x_MK: Tensor, matrices_EKN: Tensor, counts_E: Tensor) -> Tensor:
-    """Of operands."""
-    return ops.grouped_linear(x_MK, matrices_EKN.mT, counts_E)
-
-
 def _weight_gradient(dy_MN: Tensor, x_MK: Tensor, counts_E: Tensor, scales: Scales) -> Tensor:
     dy, x = (fp8_tiles.columns(each, counts_E, scales) for each in (dy_MN, x_MK))
-    return ops.grouped_weight_gradient(dy, x, counts_E)
-
-
-def _matrices(weights: tuple[Tensor, ...] | list[Tensor], E: int, scales: Scales) -> Tensor:
-    """The operand [E, N, K] that weights make; each [.., N, K] of theirs has blocks of its own."""
-    made = [fp8_tiles.blocks(w, scales).view(E, -1, w.shape[-1]) for w in weights]
-    return made[0] if len(made) == 1 else torch.cat(made, 1)
+    return fp8_tiles.weight_gradient(dy, x, counts_E)
 
 
 def _restored(kind: type, codes: Tensor, row_scales: Tensor, scales: Scales) -> Tensor:
@@ -102,7 +93,7 @@ def _all(x_MK: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _row_tiles(x_MK: Tensor, scales: Scales) -> tuple[Tensor, Quantised]:
+def _row_tiles(x_MK: Tensor, scales: Scales) -> tuple[Operand, Quantised]:
     """Made once, and kept once, where several leaves read the same tensor: they lie with it as long as it lives."""
     if x_MK.is_inference():
         return fp8_tiles.rows(x_MK, scales)

@@ -113,7 +113,7 @@ def test_tiling_anew_moves_no_number_that_the_new_tile_can_hold():
 def test_products_in_bf16_are_those_of_8_bits():
     """Power-of-two scales: operands are exact in bf16, so only the sum in fp32 rounds."""
     x, w = spread_out(32, 256, seed=7), spread_out(48, 256, seed=8)
-    a, b = fp8_tiles.passing_rows(x, "ue8m0"), fp8_tiles.blocks(w, "ue8m0")
+    a, b = (fp8_tiles.plain(made) for made in (fp8_tiles.passing_rows(x, "ue8m0"), fp8_tiles.blocks(w, "ue8m0")))
     assert torch.equal(a.float(), quant_tiles.row_tiles(x, "ue8m0").dequantise())
     exact = quant_tiles.row_tiles(x, "ue8m0").dequantise(torch.float64) @ b.double().T
     size = a.double().abs() @ b.double().abs().T

@@ -1,0 +1,69 @@
+"""Training leaves whose operands stay in 8 bits, as on a GPU, learn what the leaves of any machine learn."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.ops.interpreted import DEVICE, hardware_numbers, relative_error  # isort: skip  (before any kernel)
+
+from shoal.model.layers import Linear, SwiGLU
+from shoal.model.moe import Experts
+from shoal.ops import fp8_tiles, triton_gemm
+from shoal.precision.fp8 import Fp8Experts, Fp8Linear, Fp8SwiGLU
+
+pytestmark = pytest.mark.usefixtures(hardware_numbers.__name__)
+BITS = 5e-3  # bf16's rounding of results, and the few codes that it moves behind them
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[str]:
+    """The kernels that ran: a test of two ways should see both."""
+    ran: list[str] = []
+    for name in ("linear", "gradient"):
+        kernel = getattr(triton_gemm, name)
+        monkeypatch.setattr(triton_gemm, name, lambda *a, name=name, kernel=kernel: ran.append(name) or kernel(*a))
+    return ran
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(DEVICE)
+
+
+def filled(leaf: nn.Module) -> nn.Module:
+    for i, p in enumerate(leaf.parameters()):
+        p.data = drawn(*p.shape, seed=i) / 8
+    return leaf
+
+
+def both_ways(leaf: nn.Module, x: Tensor, monkeypatch, *more: Tensor) -> None:
+    """The result, and the gradients of x and of each parameter."""
+    found = []
+    for gpu in (False, True):
+        monkeypatch.setattr(fp8_tiles, "on_gpu", lambda _, gpu=gpu: gpu)
+        leaf.zero_grad()
+        mine = x.clone().requires_grad_()
+        y = leaf(mine, *more)
+        y.backward(drawn(*y.shape, seed=7))
+        found.append([y, mine.grad, *(p.grad for p in leaf.parameters())])
+    for expected, made in zip(*found, strict=True):
+        assert made.dtype is expected.dtype and relative_error(made, expected) < BITS
+
+
+@pytest.mark.parametrize("scales, kept", [("ue8m0", "fp8"), ("fp32", "e5m6")])
+def test_linear(scales, kept, products, monkeypatch):
+    leaf = Fp8Linear(filled(Linear(144, 48)), scales, kept)  # type: ignore[arg-type]
+    both_ways(leaf, drawn(70, 144, seed=3), monkeypatch)
+    assert products == ["linear", "linear", "gradient"]
+
+
+@pytest.mark.parametrize("hidden, in_8_bits", [(128, 6), (96, 4)])
+def test_gate_and_up_one_above_the_other(hidden, in_8_bits, products, monkeypatch):
+    """Where up's first row is no multiple of 128 their two products are of dequantised operands."""
+    both_ways(Fp8SwiGLU(filled(SwiGLU(64, hidden)), "ue8m0"), drawn(40, 64, seed=3), monkeypatch)  # type: ignore[arg-type]
+    assert len(products) == in_8_bits
+
+
+def test_experts(products, monkeypatch):
+    leaf = Fp8Experts(filled(Experts(3, 64, 128)), "ue8m0")  # type: ignore[arg-type]
+    both_ways(leaf, drawn(45, 64, seed=3), monkeypatch, torch.tensor([40, 0, 5], device=DEVICE))
+    assert len(products) == 6
