@@ -4,7 +4,9 @@
 
 Products in FP8 under block scales, dense and grouped by expert, forward and to both gradients, in TFLOP/s: against
 torch's FP8 product (one scale a row) and its bf16 one. Latent attention of one new token a stream, over ragged
-contexts, in GB/s of cache: against copying memory. Tiles fused with the norm and SwiGLU likewise, for what they are.
+contexts, in GB/s of cache: against copying memory. Few rows against weights in 8 and 4 bits, and tiles fused with the
+norm and SwiGLU, likewise and without a limit.
+
 Everything is compiled and tuned on first use, and held against its reference before it is timed; the sides of a ratio
 are timed in turns, by the GPU's events, its cache flushed in between. Without a GPU nothing is measured.
 """
@@ -22,7 +24,7 @@ from bench.record import emit
 from bench.sides import Ratio
 from bench.table import show
 from shoal.engine.pages import UNIT
-from shoal.ops import quant_tiles, reference
+from shoal.ops import quant, quant_tiles, reference
 from shoal.ops.quant import FP8, FP8_MOST
 
 DEVICE = "cuda"
@@ -33,6 +35,8 @@ TOKENS = 4096
 EXPERTS, EXPERT_ROWS, EXPERT_SHAPES = 32, 256, [(4096, 7168), (7168, 2048)]
 STREAMS, CONTEXT, C, R = 64, 8192, 512, 64
 HEADS = {"V3": 128, "V2-Lite": 16}
+FORMS: tuple[quant.Form, ...] = ("fp8", "int8", "int4")
+FEW = 1, 16  # rows that meet weights in these forms
 OF_LIBRARY, OF_BF16, OF_MEMORY = 0.8, 1.3, 0.7
 ERROR = 4e-3  # of a result in bf16, after sums in a tensor core's 14 bits or with weights in bf16
 
@@ -57,7 +61,8 @@ def main() -> None:
     rows = [row for N, K in shapes for row in dense(N, K, rounds)]
     rows += backward(*SHAPES[-1], rounds)
     rows += [row for N, K in EXPERT_SHAPES for row in grouped(N, K, rounds)]
-    rows += [row for name, H in HEADS.items() for row in attention(name, H, rounds)] + fused(rounds)
+    rows += [row for name, H in HEADS.items() for row in attention(name, H, rounds)]
+    rows += [streamed(form, M, rounds) for form in FORMS for M in FEW] + fused(rounds)
     cells = [[r.name, r.against, r.ours, r.peer, r.ratio.median, *r.ratio.spread, r.limit] for r in rows]
     show(["kernel", "against", "ours", "peer", "ratio", "least", "most", "limit"], cells)
     emit(
@@ -68,7 +73,7 @@ def main() -> None:
         peer=[r.peer for r in rows],
         spread=[r.ratio.spread for r in rows],
         limit=[r.limit for r in rows],
-        unit="TFLOP/s for products, GB/s for attention and tiles",
+        unit="TFLOP/s against products, GB/s against memory",
         chip=torch.cuda.get_device_name(),
         tiles=chosen(),
     )
@@ -153,6 +158,17 @@ def attention(name: str, H: int, rounds: int) -> list[Row]:
     agree(ours(), torch.cat(expected), ERROR)
     read = int(seen_T.sum()) * (C + R) * 2
     return [against_memory(f"{name}'s attention, {STREAMS} streams at {CONTEXT}", ours, read, rounds, OF_MEMORY)]
+
+
+def streamed(form: quant.Form, M: int, rounds: int) -> Row:
+    """Few rows against a weight of a dense layer, kept in few bits: what decoding waits for."""
+    from shoal.ops import triton_weights
+
+    N, K = SHAPES[4]
+    x, weight = random(M, K), quant.quantise(random(N, K), form)
+    ours = lambda: triton_weights.linear(x, weight)  # noqa: E731
+    agree(ours(), quant.linear(x, weight), ERROR)
+    return against_memory(f"{form} weights {N} × {K}, {M} rows", ours, weight.nbytes, rounds, None)
 
 
 def fused(rounds: int) -> list[Row]:

@@ -1,9 +1,9 @@
 """Which implementation of each operation runs: the reference, or a fast twin where the machine has one.
 
 The choice is by tensor: bf16 on a CPU with AVX512-BF16 goes to the C kernels (cpu.py), and so does AdamW on fp32
-masters there; on a GPU, where Triton is installed, expert rows and attention over a latent cache go to its kernels
-(triton_*.py); grouped products go to `F.grouped_mm` on a GPU and to `GroupedLinear`, below, on any CPU; all else is
-reference.py's. `describe` says it in a line for the log. Shapes are reference.py's.
+masters there; on a GPU, where Triton is installed, expert rows, attention over a latent cache and weights in few bits
+go to its kernels (triton_*.py). Grouped products go to `F.grouped_mm` on a GPU and to `GroupedLinear`, below, on any
+CPU; all else is reference.py's. `describe` says it in a line for the log. Shapes are reference.py's.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def describe() -> str:
 
 def gpu_status() -> str:
     if triton_kernels():
-        return "Triton's for expert rows, latent attention and 8-bit training, torch's for the rest"
+        return "Triton's for expert rows, latent attention and numbers in 8 and 4 bits, torch's for the rest"
     return "torch's (SHOAL_KERNELS=reference)" if cpu.wanted() == "reference" else "torch's (no Triton here)"
 
 
@@ -77,6 +77,11 @@ def quantised_linear(x_MK: Tensor, weight: Quantised) -> Tensor:
     learns = x_MK.requires_grad and torch.is_grad_enabled()
     if x_MK.dim() == 2 and x_MK.stride(1) == 1 and not learns and cpu.takes(x_MK) and program.takes(weight):
         return program.linear(x_MK, weight)
+    if x_MK.is_cuda and not learns and triton_kernels():
+        from shoal.ops import triton_weights
+
+        if triton_weights.takes(x_MK, weight):
+            return triton_weights.linear(x_MK, weight)
     return quant.linear(x_MK, weight)
 
 

@@ -1,6 +1,6 @@
 """Compile the tuned kernels for a chip that needn't be here, and print one JSON line for each tile size.
 
-    python -m tests.ops.compiled 90        (90: H100, H200; 89: RTX 4090)
+    python -m tests.ops.compiled 90        (90: H100, H200; 89: RTX 4090; 86: RTX 3090)
 
 Triton brings the compiler. What comes out: the tensor cores' instructions in the machine-independent code, and of the
 machine's own the registers, spilled bytes of a thread and shared memory of a program.
@@ -17,10 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shoal.ops import triton_gemm, triton_latent
+from shoal.ops import triton_gemm, triton_latent, triton_weights
 
 HEADS = {90: 64, 89: 32}  # triton_latent.heads_at_once on these chips
-FP8, F32, BF16, LONG, INT = "*fp8e4nv", "*fp32", "*bf16", "*i64", "i32"
+FP8, BYTE, F32, BF16, LONG, INT = "*fp8e4nv", "*u8", "*fp32", "*bf16", "*i64", "i32"
 
 
 def main() -> None:
@@ -34,6 +34,14 @@ def main() -> None:
 
 def kernels(chip: int) -> Iterator[tuple]:
     """(name, tuner, types of what is given at run time, constants) at V3's shapes."""
+    weights = {"x": BF16, "x_stride": INT, "codes": BYTE, "scales": BF16, "y": BF16, "M": INT, "N": INT, "K": INT}
+    constants = {"ROWS": 1, "GROUP": 128, "STEP": 128, "FEW": True}
+    yield "int8", triton_weights._linear, weights, constants | {"FORM": "int8", "least": None}
+    yield "int4", triton_weights._linear, weights | {"least": BF16}, constants | {"FORM": "int4"}
+    if chip < 89:
+        return
+    fp8 = weights | {"codes": FP8, "scales": F32}
+    yield "fp8", triton_weights._linear, fp8, constants | {"FORM": "fp8", "ROWS": 128, "least": None}
     engine = chip >= 90
     product = {"a": FP8, "b": FP8, "a_scales": F32, "b_scales": F32}
     sizes = {"M": INT, "N": INT, "K": INT}

@@ -1,12 +1,15 @@
 """Attention over a latent cache and expert rows on a GPU equal their references."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ops.interpreted import DEVICE, bf16, hardware_numbers, relative_error  # isort: skip  (before any kernel)
 
-from shoal.ops import dispatch, reference, triton_experts, triton_latent
+from shoal.ops import dispatch, quant, reference, triton_experts, triton_latent, triton_weights
+from shoal.ops.quant import Quantised
 
 pytestmark = pytest.mark.usefixtures(hardware_numbers.__name__)
 
@@ -65,3 +68,28 @@ def twins(fast, slow, inputs: list[Tensor]) -> None:
 def test_kernels_can_be_wished_away(monkeypatch):
     monkeypatch.setenv("SHOAL_KERNELS", "reference")
     assert not dispatch.triton_kernels.__wrapped__()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form, group", [("fp8", 128), ("int8", 256), ("int8", 64)])
+def test_products_with_weights_in_8_bits(form, group, dtype):
+    against_dequantised(quant.quantise(weights(form), form, group), dtype)
+
+
+@pytest.mark.parametrize("group, zeros", [(32, False), (128, False), (64, True)])
+def test_products_with_weights_in_4_bits(group, zeros):
+    weight = quant.quantise(weights("int4"), "int4", group)
+    least = -bf16(*weight.scales.shape).abs() if zeros else None
+    against_dequantised(replace(weight, least=least), torch.bfloat16)
+
+
+def weights(form: str) -> Tensor:
+    """Ragged where the form's blocks may be."""
+    return bf16(100, 200 if form == "fp8" else 256)
+
+
+def against_dequantised(weight: Quantised, dtype: torch.dtype) -> None:
+    """bf16: the result's rounding alone, as codes are exact and sums fp32."""
+    x = bf16(19, 2 * weight.shape[1], seed=1).to(dtype)[:, weight.shape[1] :]
+    y, expected = triton_weights.linear(x, weight), x.float() @ weight.dequantise().mT
+    assert y.dtype is dtype and relative_error(y, expected) < (1e-6 if dtype is torch.float32 else 3e-3)

@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("triton") is None, reason="no Triton here: pip install -e '.[gpu]'"),
 ]
-SHARED = {90: 227 << 10, 89: 99 << 10}  # bytes a program may have
+SHARED = {90: 227 << 10, 89: 99 << 10, 86: 99 << 10}  # bytes a program may have
 
 
 def compiled(chip: int, tmp_path) -> dict[str, list[dict]]:
@@ -33,13 +33,15 @@ def test_on_hopper_products_are_wgmma_fed_by_the_copy_engine(tmp_path):
         for size in made[kernel]:
             assert not size["spilled"] and size["copy_engine"], size
             assert all("wgmma" in product and "f32.e4m3.e4m3" in product for product in size["products"]), size
-    sizes = made["latent attention"]
-    assert all("wgmma" in product for size in sizes for product in size["products"])
-    assert sum(not size["spilled"] for size in sizes) >= 2, sizes
+    for size in made["latent attention"]:
+        assert not size["spilled"] and all("wgmma" in product for product in size["products"]), size
 
 
-def test_on_a_4090_every_kernel_has_a_tile_that_fits(tmp_path):
-    for kernel, sizes in compiled(89, tmp_path).items():
+@pytest.mark.parametrize("chip, least", [(89, 7), (86, 2)])
+def test_on_gaming_gpus_every_kernel_has_tiles_that_fit(chip, least, tmp_path):
+    made = compiled(chip, tmp_path)
+    assert len(made) == least
+    for kernel, sizes in made.items():
         assert any(not size["spilled"] for size in sizes), (kernel, sizes)
-        if kernel != "latent attention":
+        if kernel in ("linear", "grouped", "gradient"):
             assert all("e4m3.e4m3.f32" in product for size in sizes for product in size["products"]), sizes
