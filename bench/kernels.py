@@ -24,11 +24,10 @@ from bench.record import emit
 from bench.sides import Ratio
 from bench.table import show
 from shoal.engine.pages import UNIT
-from shoal.ops import quant, quant_tiles, reference
+from shoal.ops import dispatch, quant, quant_tiles, reference
 from shoal.ops.quant import FP8, FP8_MOST
 
 DEVICE = "cuda"
-NEEDED = (8, 9)  # of CUDA capability: an RTX 4090; an H100 is (9, 0)
 # outputs and inputs of q_up, kv_down and q_down in one, out, the dense gate and up, its down, the shared expert's
 SHAPES = [(24576, 1536), (2112, 7168), (7168, 16384), (36864, 7168), (7168, 18432), (4096, 7168), (7168, 2048)]
 TOKENS = 4096
@@ -83,7 +82,7 @@ def lacking() -> str | None:
     """What this machine would need, or None."""
     if not torch.cuda.is_available():
         return "there is no GPU here. tests/ops/test_triton*.py check the kernels in Triton's interpreter."
-    if torch.cuda.get_device_capability() < NEEDED:
+    if not dispatch.knows_fp8(torch.device(DEVICE)):
         return f"{torch.cuda.get_device_name()} has no FP8 units; a 4090, an L40S, an H100 or later has."
     return None if find_spec("triton") else "Triton is not installed: pip install -e '.[gpu]'"
 

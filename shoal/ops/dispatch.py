@@ -40,6 +40,11 @@ def triton_kernels() -> bool:
     return cpu.wanted() == "native" and find_spec("triton") is not None
 
 
+def knows_fp8(device: torch.device) -> bool:
+    """Whether a GPU has E4M3: from the RTX 4090 and the H100 on. Before, Triton compiles nothing that holds it."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if x_TD.dim() == 2 and weight_D.dtype is torch.float32 and cpu.takes(x_TD, x_TD.shape[1]):
         return cpu.RMSNorm.apply(x_TD, weight_D, eps)  # type: ignore[return-value]
@@ -77,7 +82,7 @@ def quantised_linear(x_MK: Tensor, weight: Quantised) -> Tensor:
     learns = x_MK.requires_grad and torch.is_grad_enabled()
     if x_MK.dim() == 2 and x_MK.stride(1) == 1 and not learns and cpu.takes(x_MK) and program.takes(weight):
         return program.linear(x_MK, weight)
-    if x_MK.is_cuda and not learns and triton_kernels():
+    if x_MK.is_cuda and not learns and triton_kernels() and (weight.form != "fp8" or knows_fp8(x_MK.device)):
         from shoal.ops import triton_weights
 
         if triton_weights.takes(x_MK, weight):

@@ -1,8 +1,10 @@
 """Operands of 8-bit products on this machine, and the products: quant_tiles.py's numbers, by whatever is fast here.
 
-On a GPU with Triton an operand stays in 8 bits and is multiplied so (triton_gemm.py). Elsewhere, under power-of-two
-scales, it is bf16, exactly, and so is the product of two with its sum in fp32; under fp32 scales it is fp32. C kernels
-(native/fp8_tiles.c) make bf16 ones on a CPU with AVX512-BF16, rows a multiple of 16 wide; all else is the reference's.
+On a GPU that knows E4M3, with Triton, an operand stays in 8 bits and is multiplied so (triton_gemm.py). Elsewhere,
+under power-of-two scales, it is bf16, exactly, and so is the product of two with its sum in fp32; under fp32 scales it
+is fp32. C kernels (native/fp8_tiles.c) make bf16 ones on a CPU with AVX512-BF16, rows a multiple of 16 wide; all else
+is the reference's.
+
 Shapes: M rows, K columns, E matrices of N × K.
 """
 
@@ -29,7 +31,7 @@ def _native(x: Tensor, scales: Scales) -> bool:
 
 
 def on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and dispatch.triton_kernels()
+    return x.is_cuda and dispatch.triton_kernels() and dispatch.knows_fp8(x.device)
 
 
 def _room(x_MK: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 WAVES = 2  # programs a multiprocessor that a call aims at
+LONG = 16  # pages from which on calls are tuned apart
 PAGES = 4  # a split has at least, else putting together costs more than it saves
 REGISTERS = 128  # of a thread, for sums: more of them spill
 
@@ -27,18 +28,19 @@ def paged_latent_attention(
     q_THW: Tensor, latent_PUW: Tensor, table_TP: Tensor, seen_T: Tensor, C: int, scale: float, splits: int | None = None
 ) -> Tensor:
     """[T, H, C]: each query over the first `seen_T` tokens of its own row of pages, in as many splits as pay."""
-    (T, H, W), U, q_THW = q_THW.shape, latent_PUW.shape[1], q_THW.contiguous()
+    (T, H, W), U = q_THW.shape, latent_PUW.shape[1]
     assert latent_PUW.is_contiguous() and table_TP.stride(1) == 1, (latent_PUW.stride(), table_TP.stride())
     A = heads_at_once(H, q_THW.device)
     S = splits or how_many(T * triton.cdiv(H, A), table_TP.shape[1], q_THW.device)
     o_THC = q_THW.new_empty(T, H, C)
     if not T:
         return o_THC
+    q_THW = q_THW.to(latent_PUW.dtype).contiguous()
     part_TSHC, lse_TSH = (q_THW.new_empty(T, S, H, n, dtype=torch.float32) for n in (C, 1))
     C2, R2 = (max(16, triton.next_power_of_2(n)) for n in (C, W - C))
     _attend[(triton.cdiv(H, A), S, T)](
         q_THW, latent_PUW, table_TP, table_TP.stride(0), seen_T, part_TSHC, lse_TSH, H, scale * LOG2_E,
-        C, W - C, U, A, C2, R2,
+        C, W - C, U, A, C2, R2, table_TP.shape[1] > LONG,
     )  # fmt: skip
     _merge[(H, T)](part_TSHC, lse_TSH, o_THC, H, S, triton.next_power_of_2(S), C, C2)
     return o_THC
@@ -70,15 +72,15 @@ def _configs() -> list[triton.Config]:
 
 def _fitting(configs: list[triton.Config], named: dict, **more) -> list[triton.Config]:
     sums = named["A"] * triton.next_power_of_2(named["C"]) // 32
-    return [config for config in configs if sums <= REGISTERS * config.num_warps]
+    return [config for config in configs if sums <= REGISTERS * config.num_warps] or configs
 
 
-@triton.autotune(_configs(), key=["A", "C", "R"], prune_configs_by={"early_config_prune": _fitting})
+@triton.autotune(_configs(), key=["A", "C", "R", "FAR"], prune_configs_by={"early_config_prune": _fitting})
 @triton.jit
 def _attend(
     q, latent, table, table_stride, seen, part, lse, H, scale,
     C: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
-    A: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr, B: tl.constexpr,
+    A: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr, FAR: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """A heads of one token over one split of its context. `scale` is for powers of two."""
     split, S, t = tl.program_id(1), tl.num_programs(1), tl.program_id(2)

@@ -10,7 +10,6 @@ Shapes: M rows, N outputs, K inputs.
 """
 # pyright: reportIndexIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,9 +21,7 @@ FEW = 16  # rows up to which weights are all that counts
 
 
 def takes(x_MK: Tensor, weight: Quantised) -> bool:
-    """FP8 needs the conversions of an RTX 4090 or later; integers any GPU that Triton knows."""
-    new_enough = weight.form != "fp8" or not x_MK.is_cuda or torch.cuda.get_device_capability(x_MK.device) >= (8, 9)
-    return x_MK.dim() == 2 and x_MK.stride(1) == 1 and weight.codes.dim() == 2 and new_enough
+    return x_MK.dim() == 2 and x_MK.stride(1) == 1 and weight.codes.dim() == 2
 
 
 def linear(x_MK: Tensor, weight: Quantised) -> Tensor:

@@ -89,7 +89,7 @@ def _restored(kind: type, codes: Tensor, row_scales: Tensor, scales: Scales) -> 
 
 def _all(x_MK: Tensor) -> Tensor:
     """The counts of one matrix that takes every row."""
-    return torch.tensor([len(x_MK)], device=x_MK.device)
+    return x_MK.new_full((1,), len(x_MK), dtype=torch.int64)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def kernels(chip: int) -> Iterator[tuple]:
     yield "gradient", triton_gemm._gradient, gradient, {"E": 256, "E2": 256, "ENGINE": engine}
     attend = {"q": BF16, "latent": BF16, "table": LONG, "table_stride": INT, "seen": LONG}
     attend |= {"part": F32, "lse": F32, "H": INT, "scale": "fp32"}
-    shape = {"C": 512, "R": 64, "U": 64, "A": HEADS[chip], "C2": 512, "R2": 64}
+    shape = {"C": 512, "R": 64, "U": 64, "A": HEADS[chip], "C2": 512, "R2": 64, "FAR": True}
     yield "latent attention", triton_latent._attend, attend, shape
 
 
