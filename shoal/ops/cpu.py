@@ -1,4 +1,4 @@
-"""Fast twins for x86-64 CPUs with AVX512-BF16 (VNNI, VBMI): C kernels, compiled once by the machine's own `cc` and called by ctypes.
+"""Fast twins for x86-64 CPUs with AVX512 (BF16, VNNI, VBMI): C kernels, built once by the machine's `cc` and called.
 
 Why C and not torch.compile: a plain C file builds in seconds instead of 25–90, has no cold start inside a ten-minute
 budget, and attention, which no compiler fuses on a CPU, is in it. Activations come here in bf16 only; fp32 ones take

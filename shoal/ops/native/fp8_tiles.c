@@ -47,7 +47,8 @@ INLINE __m512 to_e4m3(__m512 v, __m512i *code) {
     __m512i r = _mm512_add_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(0x7ffff)), odd);
     __m512i small = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_set1_ps(512.0f)));
     __mmask16 sub = _mm512_cmplt_epu32_mask(a, _mm512_set1_epi32(0x3c800000)); /* below 2^-6 */
-    *code = _mm512_mask_blend_epi32(sub, _mm512_sub_epi32(_mm512_srli_epi32(r, 20), _mm512_set1_epi32(120 << 3)), small);
+    __m512i usual = _mm512_sub_epi32(_mm512_srli_epi32(r, 20), _mm512_set1_epi32(120 << 3));
+    *code = _mm512_mask_blend_epi32(sub, usual, small);
     __m512 normal = _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32(0x7ff00000)));
     __m512 value = _mm512_mask_mul_ps(normal, sub, _mm512_cvtepi32_ps(small), _mm512_set1_ps(1.0f / 512));
     __m512i sign = _mm512_and_si512(bits, _mm512_set1_epi32(0x80000000));
@@ -57,7 +58,7 @@ INLINE __m512i sign_at(__m512 v, int bit) {
     return _mm512_slli_epi32(_mm512_srli_epi32(_mm512_castps_si512(v), 31), bit);
 }
 
-/* ---- 1 x 128 tiles. codes [M, K] and scales [M, ceil(K / 128)] may be null, and so may y [M, K] ------------------- */
+/* 1 x 128 tiles. codes [M, K] and scales [M, ceil(K / 128)] may be null, and so may y [M, K] */
 
 void fp8_rows(const bf16 *x, uint8_t *codes, uint8_t *scales, bf16 *y, i64 M, i64 K) {
     i64 tiles = (K + TILE - 1) / TILE;
@@ -99,7 +100,7 @@ void fp8_decode(const uint8_t *codes, const uint8_t *scales, bf16 *y, i64 M, i64
         }
 }
 
-/* ---- 128 x 1 tiles: rows [spans[2i], spans[2i + 1]) share each column's scale. y may be x ------------------------- */
+/* 128 x 1 tiles: rows [spans[2i], spans[2i + 1]) share each column's scale. y may be x */
 
 void fp8_columns(const bf16 *x, const i64 *spans, i64 n_spans, bf16 *y, i64 K) {
 #pragma omp parallel for schedule(static)
@@ -125,13 +126,14 @@ void fp8_columns(const bf16 *x, const i64 *spans, i64 n_spans, bf16 *y, i64 K) {
         }
 }
 
-/* ---- 128 x 128 blocks of a stack of weights ----------------------------------------------------------------------- */
+/* 128 x 128 blocks of a stack of weights */
 
 void fp8_blocks(const bf16 *w, bf16 *y, i64 E, i64 N, i64 K) {
     i64 rows = (N + TILE - 1) / TILE;
 #pragma omp parallel for schedule(static)
     for (i64 b = 0; b < E * rows; b++) {
-        i64 e = b / rows, first = e * N + b % rows * TILE, end = first + TILE < (e + 1) * N ? first + TILE : (e + 1) * N;
+        i64 e = b / rows, first = e * N + b % rows * TILE;
+        i64 end = first + TILE < (e + 1) * N ? first + TILE : (e + 1) * N;
         for (i64 k = 0; k < K; k += TILE) {
             i64 n = K - k < TILE ? K - k : TILE;
             uint16_t amax = 0;
@@ -150,7 +152,7 @@ void fp8_blocks(const bf16 *w, bf16 *y, i64 E, i64 N, i64 K) {
     }
 }
 
-/* ---- E5M6 in 1 x 128 tiles: two codes of 12 bits in three bytes --------------------------------------------------- */
+/* E5M6 in 1 x 128 tiles: two codes of 12 bits in three bytes */
 
 /* 16 codes and their 24 bytes. */
 INLINE void pack(uint8_t *p, __m512i code) {

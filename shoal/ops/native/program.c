@@ -274,7 +274,9 @@ static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) 
 }
 
 /* Of an instruction's x: those of the step, or of its experts. */
-static i64 rows_of_x(const Instruction *c, const Step *s) { return KINDS[c->kind] == experts_down ? s->T * c->A : s->T; }
+static i64 rows_of_x(const Instruction *c, const Step *s) {
+    return KINDS[c->kind] == experts_down ? s->T * c->A : s->T;
+}
 
 /* Bytes that a product's rows of x need on a thread, as codes meet them in either way; `rows` becomes the most. */
 static i64 room_for_arranged(const Instruction *code, i64 n, const Step *s, i64 *rows) {
