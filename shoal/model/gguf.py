@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shoal.errors import ModelError
 from shoal.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig
-from shoal.model.gguf_blocks import GROUP, GROUP_BYTES, decoded, in_few_bits
+from shoal.model.gguf_blocks import GROUP, GROUP_BYTES, decoded, in_few_bits, joined
 from shoal.model.gguf_config import FIX, Settings, model_config
 from shoal.model.gguf_file import AGAIN, Entry, GGUFFile
 from shoal.model.gguf_names import FREQUENCIES, merged_name, split_name, stored_name
@@ -34,7 +34,7 @@ from shoal.model.transformer import Transformer
 from shoal.ops.quant import Quantised
 
 MOST_EXPERTS = 2**18  # in all layers; V3 has 15,616
-NUMBERS_AT_ONCE = 2**24  # that `copy` computes in fp32
+NUMBERS_AT_ONCE = 2**19  # that are unpacked together
 
 
 class GGUF:
@@ -73,17 +73,21 @@ class GGUF:
 
     def quantised(self, piece: Piece) -> Quantised:
         """The matrix in few bits, in memory: what has no form of ours is rounded to int8 (gguf_blocks)."""
-        return in_few_bits(self.tensor(piece.name))
+        return joined([in_few_bits(rows) for _, rows in self._some_rows(piece)])
 
     def copy(self, piece: Piece, place: Tensor) -> None:
-        """place = the piece's numbers, some rows at a time."""
+        """place = the piece's numbers."""
+        target = place.view(rows_of(piece.shape), -1)
+        for first, rows in self._some_rows(piece):
+            target[first : first + rows.shape[0]].copy_(rows.dequantise() if isinstance(rows, Quantised) else rows)
+
+    def _some_rows(self, piece: Piece) -> Iterator[tuple[int, Tensor | Quantised]]:
+        """A piece in parts that stay in the processor's cache while they are computed; the row each begins with."""
         N, at_once = rows_of(piece.shape), max(1, NUMBERS_AT_ONCE // piece.shape[-1])
-        if piece.name.endswith("kv_b_proj.weight"):
+        if len(list(self._stored(piece))) > 1:
             at_once = N
-        target = place.view(N, -1)
         for first in range(0, N, at_once):
-            rows = self._rows(piece, first, min(at_once, N - first))
-            target[first : first + at_once].copy_(rows.dequantise() if isinstance(rows, Quantised) else rows)
+            yield first, self._rows(piece, first, min(at_once, N - first))
 
     def _config(self) -> ModelConfig:
         s = Settings(self.metadata, str(self.path))

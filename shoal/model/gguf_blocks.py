@@ -23,12 +23,14 @@ number beside 5 bits. As int8 a number moves by half of 1/127 of the largest of 
 The layouts are ggml's (ggml-common.h); tests hold them against the `gguf` package.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from shoal.errors import ModelError
 from shoal.model.gguf_file import AGAIN, Kind
-from shoal.ops.quant import Form, Quantised, packed, quantise
+from shoal.ops.quant import Form, Quantised, quantise
 
 GROUP = 32
 PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -59,6 +61,13 @@ def nibbles(q: Tensor) -> Tensor:
     return torch.cat((q & 15, q >> 4), -1)
 
 
+def paired(q: Tensor) -> Tensor:
+    """`nibbles`, two neighbours a byte: the low halves in [.., n / 2] bytes, then the high halves."""
+    two = q.view(torch.int16)
+    low, high = two & 15 | two >> 4 & 240, two >> 4 & 15 | two >> 8 & 240
+    return torch.cat((low.to(torch.uint8), high.to(torch.uint8)), -1)
+
+
 def fifth_bits(blocks: Tensor, at: int) -> Tensor:
     """32 bits from this byte on, each moved to bit 4: [N, B, 32]."""
     bits = blocks[..., at : at + 4, None] >> torch.arange(8, dtype=torch.uint8) & 1
@@ -66,10 +75,15 @@ def fifth_bits(blocks: Tensor, at: int) -> Tensor:
 
 
 def integers(form: Form, codes: Tensor, scales: Tensor, least: Tensor | None = None) -> Quantised:
-    """Of codes and scales by block: [N, B, block] and [N, B] or [N, B, groups]."""
-    flat = [None if x is None else x.flatten(1) for x in (codes, scales, least)]
-    codes, scales, least = flat  # type: ignore[assignment]
-    return Quantised(form, packed(form, codes), scales, (1, GROUP), least)
+    """Of codes and scales by block: [N, B, bytes] and [N, B] or [N, B, groups]."""
+    return Quantised(form, codes.flatten(1), scales.flatten(1), (1, GROUP), None if least is None else least.flatten(1))
+
+
+def joined(parts: Sequence[Quantised]) -> Quantised:
+    """Rows below rows."""
+    first, codes, scales = parts[0], torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+    least = None if first.least is None else torch.cat([p.least for p in parts if p.least is not None])
+    return Quantised(first.form, codes, scales, first.block, least)
 
 
 def q8_0(b: Tensor) -> Quantised:
@@ -81,11 +95,11 @@ def q5_0(b: Tensor) -> Quantised:
 
 
 def q4_0(b: Tensor) -> Quantised:
-    return integers("int4", nibbles(b[..., 2:]), half(b, 0))
+    return integers("int4", paired(b[..., 2:]), half(b, 0))
 
 
 def q4_1(b: Tensor) -> Quantised:
-    return integers("int4", nibbles(b[..., 4:]), half(b, 0), half(b, 2))
+    return integers("int4", paired(b[..., 4:]), half(b, 0), half(b, 2))
 
 
 def q5_1(b: Tensor) -> Tensor:
@@ -107,7 +121,7 @@ def steps(b: Tensor) -> tuple[Tensor, Tensor]:
 
 def q4_K(b: Tensor) -> Quantised:
     scales, least = steps(b)
-    codes = nibbles(b[..., 16:].unflatten(-1, (4, GROUP)))
+    codes = paired(b[..., 16:].unflatten(-1, (4, GROUP)))
     return integers("int4", codes.flatten(2), scales.half(), -least.half())
 
 
@@ -122,9 +136,9 @@ def q6_K(b: Tensor) -> Tensor:
     """Two halves of 128 numbers, each with 64 bytes of low and 32 bytes of high bits; 8-bit scales of 16 numbers."""
     low = nibbles(b[..., :128].unflatten(-1, (2, 64)))
     high = b[..., 128:192].unflatten(-1, (2, 1, 32)) >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3
-    codes = (low | high.flatten(-2) << 4).flatten(2).float() - 32
+    codes = (low | high.flatten(-2) << 4).flatten(2).unflatten(-1, (16, 16)).float() - 32
     scales = half(b, 208).float()[..., None] * b[..., 192:208].view(torch.int8)
-    return (scales.repeat_interleave(16, -1) * codes).flatten(1)
+    return (scales[..., None] * codes).flatten(1)
 
 
 DECODERS = {f.__name__: f for f in (q8_0, q5_0, q4_0, q4_1, q5_1, q4_K, q5_K, q6_K)}

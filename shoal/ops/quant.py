@@ -61,10 +61,13 @@ class Quantised:
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the codes stand for [.., N, K], computed in fp32."""
-        shape = self.shape
-        values = numbers(self.form, self.codes, self.least is None) * spread(self.scales, self.block, shape)
+        shape, (rows, columns) = self.shape, self.block
+        values = numbers(self.form, self.codes, self.least is None)
+        if rows > 1 or shape[-1] % columns:
+            return values.mul_(spread(self.scales, self.block, shape)).to(dtype)
+        groups = values.unflatten(-1, (-1, columns)).mul_(self.scales.float()[..., None])
         if self.least is not None:
-            values += spread(self.least, self.block, shape)
+            groups += self.least.float()[..., None]
         return values.to(dtype)
 
 
