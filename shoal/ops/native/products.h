@@ -111,6 +111,19 @@ INLINE i64 few_products(const Worker *t, Rows r, i64 row, const Matrix *w, i64 n
     return M;
 }
 
+/* Outputs from n on as columns of a panel, and their scales; behind those is room for 16 rows. */
+static void pack_columns(const Matrix *w, int integers, i64 n, i64 columns, i64 K, char *panel, float *scales) {
+    char *room = (char *)(scales + ceil_div(K, 32) * PANEL);
+    for (i64 j = 0; j < columns; j += BLOCK) {
+        if (integers) {
+            pack(bytes_of_codes(w, n + j, K, (uint8_t *)room), K / 4, panel + 4 * j);
+            pack_scales(w, n + j, K, scales + j);
+        } else {
+            pack(plain(w, n + j, K, (bf16 *)room), K / 2, panel + 4 * j);
+        }
+    }
+}
+
 typedef void Finish(const Instruction *c, i64 row, i64 n, i64 columns, const float *products, const float *others);
 
 /* Rows of x times `columns` outputs from n on, of a matrix or of two. A row's products go to `finish`.
@@ -131,18 +144,10 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const Matrix *w, i
         }
     if (exact == r.end) return;
     const int integers = w->form > FP8 && !w->least && !(two && w[1].least);
-    char *panel = t->room, *room = panel + 2 * PANEL * K;
-    float *scales = (float *)(room + 2 * BLOCK * K);
-    for (i64 i = 0; i <= two; i++)
-        for (i64 j = 0; j < columns; j += BLOCK) {
-            char *to = panel + 4 * (i * columns + j);
-            if (integers) {
-                pack(bytes_of_codes(w + i, n + j, K, (uint8_t *)room), K / 4, to);
-                pack_scales(w + i, n + j, K, scales + i * columns + j);
-            } else {
-                pack(plain(w + i, n + j, K, (bf16 *)room), K / 2, to);
-            }
-        }
+    char *panel = t->room;
+    float *scales = (float *)(panel + 2 * PANEL * K);
+    for (i64 i = 0, at = 0; i <= two; i++, at += columns)
+        pack_columns(w + i, integers, n, columns, K, panel + 4 * at, scales + at);
     /* While these outputs are computed, the weights of this thread's next ones are asked for, slice by slice. */
     i64 row_of_w = row_bytes(w->form, K), bytes = columns * row_of_w, NV = (two + 1) * columns / BLOCK;
     i64 slice = bytes / ceil_div(r.end - exact, MOST_ROWS) + 64;

@@ -262,7 +262,7 @@ static void meet(_Atomic i64 *arrived, i64 threads) {
 static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) {
     i64 bytes = TOGETHER * longest * sizeof(float);
     for (const Instruction *c = code; s->chunks && c < code + n; c++) {
-        i64 panel = c->K * (PANEL + BLOCK) * sizeof(bf16) + ceil_div(c->K, 32) * PANEL * sizeof(float);
+        i64 panel = c->K * (PANEL + BLOCK) * sizeof(bf16) + (ceil_div(c->K, 32) + 1) * PANEL * sizeof(float);
         bytes = panel > bytes ? panel : bytes;
         int latent = KINDS[c->kind] == attend_latent;
         i64 K = latent ? c->N + c->R : c->K, V = latent ? c->V : c->K;
