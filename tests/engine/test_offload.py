@@ -25,7 +25,7 @@ class Shelf:
 
     def __init__(self, n_experts: int):
         self.experts, self.asked, self.cancelled = [None] * n_experts, [], []
-        self.bytes_read, self.seconds_reading = 0, 0.0
+        self.bytes_read, self.seconds_reading, self.slot_bytes, self.released = 0, 0.0, 1 << 20, []
         self.error: StorageError | None = None
 
     def read(self, job: Job, urgent: bool) -> None:
@@ -39,6 +39,9 @@ class Shelf:
     def wait(self, jobs: list[Job]) -> None:
         assert jobs
         jobs[0].state, jobs[0].error = (Job.FAILED, self.error) if self.error else (Job.DONE, None)
+
+    def release(self, slot: int) -> None:
+        self.released.append(slot)
 
     def matrices(self, expert: int, slot: int) -> tuple[int, int]:
         return expert, slot
@@ -57,7 +60,8 @@ def use(o: Offload, mixture: int, busy: list[int]) -> list[list[int]]:
             slots = [slot for _, (_, slot) in batch]  # type: ignore[misc]
             assert len(set(slots)) == len(slots)
             found.append([e for e, _ in batch])
-    assert not o._slots._held.any() or o._foretold or o._jobs
+    lasting = len(o._slots._held) - o.n_slots  # slots that were given up
+    assert o._slots._held.sum() == lasting or o._foretold or o._jobs
     return found
 
 
@@ -151,6 +155,18 @@ def test_foretold_experts_never_keep_needed_ones_out():
     use(o, 1, [2, 3])
     o.foretell(1, [2, 3])  # both slots are held for them
     assert use(o, 0, [0, 1]) == [[0], [1]]
+
+
+def test_experts_make_room_where_the_process_has_outgrown_its_budget(monkeypatch):
+    monkeypatch.setattr(offload, "resident_bytes", lambda: 100 << 20)
+    shelf = Shelf(2 * E)
+    o = Offload(shelf, 8, E, least=A, ceiling=97 << 20)  # type: ignore[arg-type]
+    use(o, 0, [0, 1, 2, 3])
+    assert len(shelf.released) == 3 and o.n_slots == 5
+    for _ in range(5 * offload.LOOK):
+        use(o, 0, [0, 1, 2, 3])
+        use(o, 1, [0, 1])
+    assert o.n_slots == A and len(set(shelf.released)) == 6
 
 
 def test_an_expert_that_can_not_be_read_leaves_its_slot_empty():

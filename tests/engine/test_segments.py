@@ -19,15 +19,28 @@ from tests.engine.test_native import NO_SHARED, V2, V3
 pytestmark = pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
 
 
-@pytest.mark.parametrize(("config", "n_slots"), [(V3, 3), (V2, 40), (NO_SHARED, 1)])
-def test_tokens_are_those_of_the_resident_model(tmp_path, config, n_slots: int):
+assert V3.moe
+WIDE = replace(
+    V3,
+    dim=128,
+    hidden_dim=128,
+    moe=replace(V3.moe, moe_dim=64),
+    attention=replace(V3.attention, n_heads=8, q_lora_rank=64),
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "form", "n_slots"),
+    [(V3, "bf16", 3), (V2, "fp8", 40), (NO_SHARED, "bf16", 1), (WIDE, "int8", 4), (WIDE, "int4", 40)],
+)
+def test_tokens_are_those_of_the_resident_model(tmp_path, config, form: str, n_slots: int):
     config = replace(config, n_mtp=0)
     m = Transformer(config).init_weights(0)
-    path = stored.write(tmp_path / "m", config, "bf16", stored.of(m))
+    path = stored.write(tmp_path / "m", config, form, stored.of(m))
     far, o = split.load(split.examine(path, torch.bfloat16), n_slots, direct=True)
     engines = [LocalEngine(x, deterministic=True) for x in (weights.load(path), far)]
     assert isinstance(engines[1]._runner, Native) and engines[1]._runner.segments
-    asked = [request(prompt(n), 9, Sampling(temperature=n % 2, seed=n, logprobs=0)) for n in (20, 3, 90)]
+    asked = [request(prompt(n), 9, Sampling(temperature=n % 2, seed=n, logprobs=0)) for n in (20, 3, 70)]
     near, read = ([r.tokens for r in engine.generate(asked)] for engine in engines)
     assert read == near
     s = o.stats()
