@@ -30,7 +30,7 @@ from shoal.runtime import open_direct
 log = logging.getLogger(__name__)
 
 PAGE = 4096
-GAP = 1 << 16  # bytes between two ranges that are rather read than skipped
+GAP = 1 << 14  # bytes between two ranges that are rather read than skipped
 READERS = 4
 
 Matrix = Tensor | Quantised

@@ -28,7 +28,7 @@ FORMS: tuple[Form, ...] = ("bf16", "fp8", "int8", "int4")
 GROUP = 128  # numbers of a row that share a 16-bit scale, in int8 and int4
 SCALED: dict[Form, float] = {"bf16": 2, "fp8": 1 + 4 / 128**2, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}
 
-PROCESS_BYTES = 256 << 20  # interpreter, torch and server, before any model: 180 MiB, and what they grow by
+PROCESS_BYTES = 320 << 20  # interpreter, torch and server, before any model: 256 MiB, and what they grow by
 GPU_PROCESS_BYTES = 600 << 20  # a CUDA context and its libraries
 MARGIN = 0.02  # of a budget stays empty: what malloc keeps, a thread's stack, a long request
 ROWS = 512  # in a call of the engine

@@ -17,6 +17,8 @@ from shoal.engine import split
 from shoal.engine.engine import LocalEngine
 from shoal.errors import ResourceError
 from shoal.model.config import MLAConfig, ModelConfig, MoEConfig
+from shoal.plan.fit import Form
+from shoal.plan.fit import weights as weights_of
 from shoal.precision import weights
 from tests.engine import stored
 from tests.engine.models import LATENT, ids, model, request
@@ -52,6 +54,16 @@ def test_near_bytes_are_those_that_are_read(parts):
     held += sum(m.weight.nbytes for m in far.modules() if isinstance(m, weights.QuantisedLinear))
     assert parts.near_bytes == held
     o.store.close()
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_parts_weigh_what_plan_fit_says(tmp_path, form: Form):
+    config = replace(LARGE, n_layers=2, moe=MoEConfig(2, 1, 1, 128, n_dense_layers=1))
+    path = stored.write(tmp_path / "m", config, form, lambda piece: torch.ones(piece.shape), group=128)
+    found, planned = split.examine(path, torch.bfloat16), weights_of(config, form)
+    assert found.near_bytes == pytest.approx(planned.near, rel=0.01)
+    assert found.embedding_bytes == planned.embedding and len(found.experts) == planned.n_experts
+    assert found.slot_bytes == pytest.approx(planned.expert, abs=3 * 4096)
 
 
 def test_a_budget_that_holds_all_of_it_holds_all_of_it(parts):
