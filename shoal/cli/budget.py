@@ -69,6 +69,8 @@ def open_within(
     rest = (d.n_experts - d.slots) * d.expert
     direct = runtime.free_bytes() - memory < rest
     tell(d, rest, parts.embedding_bytes, "past the page cache" if direct else "through the page cache")
+    if parts.module_bytes:
+        print(f"left out: the multi-token module, {gib(parts.module_bytes)}; nothing is drafted", file=sys.stderr)
     model, offload = split.load(parts, d.slots, direct, device, memory)
     runtime.give_back_memory()
     return Sized(Opened(model, tokenizer, folder), cache, offload)

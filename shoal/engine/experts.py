@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from threading import Condition, Thread
@@ -129,7 +130,8 @@ class Store:
         self._files = {name: opened(folder / name, direct) for name in names}
         self.direct = all(f.direct for f in self._files.values())
         self._arena = mmap.mmap(-1, n_slots * self.slot_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._arena.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without large pages
+            self._arena.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._arena)
         self._made: dict[int, tuple[int, tuple[Matrix, Matrix, Matrix]]] = {}  # by slot
         self._queue: list[tuple[bool, int, Job]] = []
