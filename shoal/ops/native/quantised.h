@@ -163,7 +163,8 @@ INLINE void integer_dot(const int form, const int MR, const Arranged *const *x, 
                         __m512 *total) {
     const i64 L = line_of(form), bytes = row_bytes(form, K), groups = ceil_div(K, w->columns);
     const uint8_t *codes = (const uint8_t *)w->codes + n * bytes;
-    const __m128i shift = _mm_cvtsi64_si128(w->columns == K ? 31 : __builtin_ctzll(w->columns));
+    const int log = w->columns == K ? 31 : __builtin_ctzll(w->columns);
+    const __m128i shift = _mm_cvtsi64_si128(log);
     const __m512i lane = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                             _mm512_set1_epi32(L / 16));
     __m512 sum[4];
@@ -174,7 +175,8 @@ INLINE void integer_dot(const int form, const int MR, const Arranged *const *x, 
                             : _mm512_mul_ps(s, _mm512_set1_ps(form == INT8 ? -128 : -8));
         for (int m = 0; m < MR; m++) sum[m] = _mm512_fmadd_ps(z, _mm512_loadu_ps(sums_of(x[m], K) + g), sum[m]);
         for (i64 k = g * w->columns, end = least(K, (g + 16) * w->columns); k < end; k += L) {
-            __m512i v[4], at = _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(k)), shift);
+            __m512i v[4], at = w->columns >= L ? _mm512_set1_epi32(k >> log)
+                                               : _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(k)), shift);
             const uint8_t *line = codes + (form == INT4 ? k / 2 : k);
             unpack(form, line, form == INT4 ? (K - k) / 2 : K - k, v);
             _mm_prefetch((const char *)line + AHEAD * BLOCK * bytes, _MM_HINT_T1);
