@@ -32,6 +32,7 @@ from shoal.ops import dispatch as ops
 from shoal.ops import quant
 from shoal.ops.quant import Quantised
 from shoal.precision.convert import Kept, kept
+from shoal.precision.convert import rounded as nearest
 from shoal.precision.layers import Walk
 
 DAMP = 0.01  # of H's mean diagonal, added to it
@@ -149,7 +150,7 @@ class Calibration:
         if not LAYER.match(piece.ours):
             weight = torch.empty(piece.shape)
             self.walk.stored.copy(piece, weight)
-            return quant.quantise(weight, how.form, how.group or piece.shape[1])
+            return nearest(weight, how)
         if piece.name not in self._made:
             self._made.clear()
             next(self._layers)

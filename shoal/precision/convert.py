@@ -35,6 +35,7 @@ from shoal.precision import policy
 GROUPS = (128, 64, 32)
 ABSORBED, HEAD = "attn.kv_up.weight", "head.weight"
 WORD = FP32_BYTES = 4
+ROWS = 1024  # of a matrix that are rounded at once, in whole blocks
 
 
 class Kept(NamedTuple):
@@ -70,6 +71,9 @@ class Source:
         value = torch.empty(piece.shape, dtype=dtype or self._dtypes[piece.ours])
         self.stored.copy(self._whole.get(piece.ours, piece), value)  # a copy is read where the model's own stands
         return value
+
+    def rounded(self, piece: Piece, how: Kept) -> Quantised:
+        return rounded(self.read(piece, torch.float32), how)
 
     def planned(self, piece: Piece) -> Planned:
         return Planned(piece.name, self._dtypes[piece.ours], piece.shape, partial(self.read, piece))
@@ -109,7 +113,7 @@ def write(
     assert (form == "int4") <= (group is not None)
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    made = lru_cache(maxsize=1)(make or partial(rounded, source))  # a matrix is asked for once a tensor
+    made = lru_cache(maxsize=1)(make or source.rounded)  # a matrix is asked for once a tensor
     ways = {piece.name: kept(piece, form, group) for piece in source.pieces}
     again = list(copies(source.model.config))
     ways |= {piece.name: kept(piece, form, group) for piece in again}
@@ -130,7 +134,7 @@ def sizes(source: Source, form: Form, group: int | None) -> Sizes:
     found = [0, 0, 0, 0]
     for piece in source.pieces:
         how = kept(piece, form, group)
-        parts = [source.planned(piece)] if how is None else in_few_bits(piece, how, partial(rounded, source))
+        parts = [source.planned(piece)] if how is None else in_few_bits(piece, how, source.rounded)
         both = sum(t.nbytes for t in parts if not t.name.endswith(SHAPE)), FP32_BYTES * math.prod(piece.shape)
         for i, n_bytes in enumerate(both):
             found[i] += n_bytes
@@ -138,8 +142,18 @@ def sizes(source: Source, form: Form, group: int | None) -> Sizes:
     return Sizes(*found)
 
 
-def rounded(source: Source, piece: Piece, how: Kept) -> Quantised:
-    return quant.quantise(source.read(piece, torch.float32), how.form, how.group or piece.shape[1])
+def rounded(weight: Tensor, how: Kept) -> Quantised:
+    """[N, K] to the nearest, some rows of blocks at a time."""
+    parts = weight.split(ROWS)
+    first = quant.quantise(parts[0], how.form, how.group or weight.shape[1])
+    rows = -(-len(weight) // first.block[0])
+    codes = torch.empty(len(weight), *first.codes.shape[1:], dtype=torch.uint8)
+    scales = torch.empty(rows, *first.scales.shape[1:], dtype=first.scales.dtype)
+    for i, part in enumerate(parts):
+        made = quant.quantise(part, how.form, how.group or weight.shape[1])
+        codes[i * ROWS :][: len(made.codes)] = made.codes.view(torch.uint8)
+        scales[i * ROWS // made.block[0] :][: len(made.scales)] = made.scales
+    return Quantised(how.form, codes.view(first.codes.dtype), scales, first.block)
 
 
 def in_few_bits(piece: Piece, how: Kept, made: Make) -> Iterable[Planned]:

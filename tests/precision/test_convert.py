@@ -37,7 +37,7 @@ def test_every_matrix_is_read_as_it_was_made(plain, tmp_path, form, group):
         how = convert.kept(piece, form, group)
         assert stored.in_few_bits(piece) == (how is not None), piece
         if how:
-            read, made = stored.quantised(piece), convert.rounded(source, piece, how)
+            read, made = stored.quantised(piece), source.rounded(piece, how)
             assert read.form == made.form and read.block == made.block
             assert torch.equal(read.codes.view(torch.uint8), made.codes.view(torch.uint8))
             assert torch.equal(read.scales, made.scales)
