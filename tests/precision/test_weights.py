@@ -1,5 +1,6 @@
 """A folder opened in the form it is stored in is the model it stands for, and what it maps is looked after."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.parity import our_log_probs, random_config, write_fp8
-from shoal.errors import StorageError
+from bench.parity import constant, our_log_probs, random_config, write_fp8
+from shoal.errors import ModelError, StorageError
 from shoal.model import hf
-from shoal.model.hf_files import TensorFolder
+from shoal.model.hf_files import TensorFolder, write_safetensors
 from shoal.model.presets import PRESETS
 from shoal.model.transformer import Transformer
 from shoal.precision import weights
@@ -53,6 +54,28 @@ def test_what_is_mapped_takes_no_memory(fp8):
     experts = model.get_submodule("layers.1.ffn.experts")
     assert isinstance(experts, QuantisedExperts)
     assert all(start <= gate.codes.data_ptr() < end for gate in experts.gate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float32, torch.bfloat16])
+def test_scales_that_are_powers_of_two_are_read_in_any_dtype(fp8, dtype):
+    files, raw = TensorFolder(fp8), json.loads((fp8 / "config.json").read_text())
+    expected, planned = {}, []
+    for name in files.entries:
+        value = files.read(name)
+        if name.endswith("_scale_inv"):
+            value = expected[name] = torch.exp2(torch.arange(value.numel()) % 7 - 9.0).view(value.shape).to(dtype)
+        planned.append(constant(name, value))
+    write_safetensors(fp8 / "model.safetensors", planned)
+    raw["quantization_config"]["scale_fmt"] = "ue8m0"
+    (fp8 / "config.json").write_text(json.dumps(raw))
+    leaf = weights.load(fp8).get_submodule("layers.1.attn.out")
+    assert isinstance(leaf, QuantisedLinear)
+    assert torch.equal(leaf.weight.scales, expected["model.layers.1.self_attn.o_proj.weight_scale_inv"].float())
+    none = torch.full((4, 4), torch.nan).to(dtype)
+    broken = [constant(p.name, none) if "1.self_attn.o_proj.weight_s" in p.name else p for p in planned]
+    write_safetensors(fp8 / "model.safetensors", broken)
+    with pytest.raises(ModelError, match="not finite and above zero"):
+        weights.load(fp8)
 
 
 def test_a_plain_folder_opens_as_ever(tmp_path):
