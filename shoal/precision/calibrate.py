@@ -40,7 +40,7 @@ SHARES = [1 - 0.04 * i for i in range(13)]  # of a group's largest number
 BLOCK = 128  # columns whose errors are carried on together
 PRIOR = 0.25
 SAMPLE = 1024  # of a layer's tokens, seen by every expert
-HESSIAN_BYTES = 2**30  # of experts that are done together
+TOGETHER_BYTES = 2**30  # of experts that are done together: H, and in fp64 its copies, factor and inverse
 LAYER = re.compile(r"(layers\.\d+|mtp\.\d+\.block)\.(.*)")
 
 
@@ -193,8 +193,8 @@ class Calibration:
 
     def _experts(self, ours: str, leaf: Experts, x_TD: Tensor, routes: list[Routes]) -> None:
         rows = Rows.of(x_TD, routes)
-        each = 4 * max(leaf.gate_up.shape[2], leaf.down.shape[2]) ** 2
-        for chosen in torch.arange(len(leaf.down)).split(max(1, HESSIAN_BYTES // each)):
+        each = (4 + 4 * 8) * max(leaf.gate_up.shape[2], leaf.down.shape[2]) ** 2
+        for chosen in torch.arange(len(leaf.down)).split(max(1, TOGETHER_BYTES // each)):
             E = chosen.tolist()
             self._stack(f"{ours}.gate_up", leaf.gate_up, E, rows.hessians(E))
             self._stack(f"{ours}.down", leaf.down, E, rows.hessians(E, leaf.gate_up))
