@@ -135,7 +135,7 @@ def written(found: dict) -> str:
     )
     group = f", groups of {found['group']}" if found["group"] else ""
     rows = {
-        "weights": f"{found['bytes'] / 1e6:,.1f} MB, {found['share_of_fp32']:.1%} of fp32",
+        "weights, each counted once": f"{found['bytes'] / 1e6:,.1f} MB, {found['share_of_fp32']:.1%} of fp32",
         "matrices of the layers": f"{found['matrices_share_of_fp32']:.1%} of fp32",
         "bits per byte": f"{found['bits_per_byte']:.4f}, {found['more_bits']:+.2%} "
         f"(bf16 {found['reference_bits_per_byte']:.4f})",
