@@ -7,6 +7,7 @@ knows what lies under it without looking. The rules are DESIGN's; an import insi
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
+@cache
 def imports(path: Path) -> list[str]:
     """Modules a file imports; `from a import b` as a.b where that is a module of ours or torch's, else as a."""
     found = []

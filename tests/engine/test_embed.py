@@ -26,6 +26,7 @@ def embedded(engine: LocalEngine, *prompts) -> list[Step]:
     return [last[i] for i in range(len(prompts))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, options",
     [

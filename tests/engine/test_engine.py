@@ -51,6 +51,7 @@ def test_narrow_weights_run():
         engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"speculate": 1}, {"deterministic": True}])
 def test_a_known_prefix_is_not_computed_again(made, options: dict):
     engine, start = made(**options), prompt(150)
@@ -86,6 +87,7 @@ def test_an_answer_is_a_known_prefix_of_the_next_turn(made):
     assert engine.generate([request(turn, 5)])[0].usage.cached >= 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"speculate": 2}])
 def test_a_full_cache_delays_and_changes_nothing(made, options: dict):
     engine = made(memory_bytes=pages(made(**options), 5), **options)
@@ -210,6 +212,7 @@ def test_stop_tokens_are_given_and_end(made):
     assert ids(result) == tokens[: tokens.index(tokens[6]) + 1] and result.finish == "stop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, dtype",
     [(LATENT, torch.float32), (LATENT, torch.bfloat16), (GROUPED, torch.float32)],

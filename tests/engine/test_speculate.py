@@ -51,6 +51,7 @@ def test_26_penalties_count_the_drafts_that_stood(penalty: dict):
     drafting.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling, gate", [(Sampling(), 0.0), (Sampling(0.7, top_p=0.9), 0.55)])
 def test_sampled_sequences_keep_their_distribution(sampling: Sampling, gate: float):
     """All 3⁴ continuations of a prompt against the model's own probabilities; drafts right and wrong, two deep."""
@@ -133,6 +134,7 @@ def test_the_modules_rows_are_as_if_computed_in_one_pass(m: Transformer, V: int)
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_rest_costs_nothing_and_a_trial_begins_with_some_context():
     m, V = foresighted(), 16
     engine = speculating(m, 1, gate=None, max_batch_tokens=40)

@@ -91,6 +91,7 @@ def test_a_budget_counts_what_is_spent_promised_and_asked(clock):
         keys.allowed(keys.rows["a"], 650, None, 5000)
 
 
+@pytest.mark.slow
 def test_a_server_enforces_them(tmp_path):
     with Running(tmp_path) as s:
         made = {
@@ -131,6 +132,7 @@ def test_whatever_a_key_asks_counts(tmp_path):
             assert [visit(header).status_code == 429 for _ in range(3)] == [False, False, True]
 
 
+@pytest.mark.slow
 def test_many_at_once_cannot_overdraw_a_budget(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -68,6 +68,7 @@ def test_embeddings_that_are_refused(served, fields, param):
     assert len(served.engine.requests) == n
 
 
+@pytest.mark.slow
 def test_keys_models_rates_and_budgets_hold_for_them_too(tmp_path):
     with Running(tmp_path, FakeEngine()) as s:
         assert_refused(s.http.post(PATH, json={}, headers={"Authorization": ""}), 401)

@@ -125,6 +125,7 @@ def check(root: Path, at: int) -> int:
     return best.step
 
 
+@pytest.mark.slow
 def test_sigkill_at_12_points_of_a_save(tmp_path):
     found = killed_everywhere(tmp_path, 12)
     assert found == sorted(found) and found[0] == 100

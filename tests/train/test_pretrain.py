@@ -162,6 +162,7 @@ def test_the_step_that_ends_a_run_is_on_record_and_a_resumed_run_repeats_no_evid
         assert kept[1]["samples"] == [8, 9]
 
 
+@pytest.mark.slow
 def test_a_fresh_run_starts_from_the_table(corpus):
     config = replace(TINY, init=InitConfig(embed_std=1.0, out_std=0.0, pair_steps=40, look_back=8.0))
     drawn, state = TrainState(config, "cpu"), TrainState(config, "cpu")
