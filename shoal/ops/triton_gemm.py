@@ -72,7 +72,7 @@ def has_copy_engine(x: Tensor) -> bool:
 
 
 def _tiled(codes: Tensor, engine: bool) -> TensorDescriptor | Tensor:
-    """The block is a placeholder: `_fit` sets the configuration's."""
+    """Read by blocks of one tile, until a launch has its configuration's (`_fit`)."""
     return TensorDescriptor.from_tensor(codes, [TILE, TILE]) if engine else codes
 
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def matches(targets, module: str) -> bool:
     return any(target.startswith("re:") and re.match(target[3:], module) for target in targets)
 
 
+def agrees(transformers: ModuleType, folder: Path, how: object) -> None:
+    """Its log-probabilities with ours, of the same folder."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16)
+    tokens_T = torch.arange(50)
+    with torch.no_grad():
+        logits = theirs.float()(tokens_T[None]).logits[0].log_softmax(-1)
+    ours = our_log_probs(hf.load(folder, torch.bfloat16).float(), tokens_T)
+    assert (ours - logits).abs().max() < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "form, group", FORMS[:2]
@@ -71,12 +82,7 @@ def test_transformers_opens_packed_integers(tmp_path, form, group):
     transformers = pytest.importorskip("transformers")
     folder = written(tmp_path, LLAMA, form, group)
     how = transformers.CompressedTensorsConfig(run_compressed=False)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16)
-    tokens_T = torch.arange(50)
-    with torch.no_grad():
-        logits = theirs.float()(tokens_T[None]).logits[0].log_softmax(-1)
-    ours = our_log_probs(hf.load(folder, torch.bfloat16).float(), tokens_T)
-    assert (ours - logits).abs().max() < 1e-4
+    agrees(transformers, folder, how)
 
 
 @pytest.mark.slow
@@ -85,9 +91,4 @@ def test_transformers_opens_official_fp8(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = written(tmp_path, replace(LLAMA, dim=256, hidden_dim=384), "fp8", None)
     how = transformers.FineGrainedFP8Config(dequantize=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16)
-    tokens_T = torch.arange(50)
-    with torch.no_grad():
-        logits = theirs.float()(tokens_T[None]).logits[0].log_softmax(-1)
-    ours = our_log_probs(hf.load(folder, torch.bfloat16).float(), tokens_T)
-    assert (ours - logits).abs().max() < 1e-4
+    agrees(transformers, folder, how)

@@ -58,6 +58,19 @@ INLINE __m512i sign_at(__m512 v, int bit) {
     return _mm512_slli_epi32(_mm512_srli_epi32(_mm512_castps_si512(v), 31), bit);
 }
 
+/* What codes of so many mantissa bits stand for, under a scale of this byte; the sign is bit `sign`. */
+INLINE __m512 widened(__m512i code, const int mantissa, const int bias, const int sign, uint8_t byte) {
+    union { uint32_t u; float f; } scale = {(uint32_t)byte << 23}, least = {(uint32_t)(128 - bias - mantissa) << 23};
+    __m512i a = _mm512_and_si512(code, _mm512_set1_epi32((1 << sign) - 1));
+    __mmask16 sub = _mm512_cmplt_epu32_mask(a, _mm512_set1_epi32(1 << mantissa));
+    __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(a, 23 - mantissa), _mm512_set1_epi32((127 - bias) << 23));
+    __m512 v = _mm512_castsi512_ps(bits);
+    v = _mm512_mask_mul_ps(v, sub, _mm512_cvtepi32_ps(a), _mm512_set1_ps(least.f));
+    bits = _mm512_slli_epi32(_mm512_srli_epi32(code, sign), 31);
+    v = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(v), bits));
+    return _mm512_mul_ps(v, _mm512_set1_ps(byte == 255 ? NAN : scale.f));
+}
+
 /* 1 x 128 tiles. codes [M, K] and scales [M, ceil(K / 128)] may be null, and so may y [M, K] */
 
 void fp8_rows(const bf16 *x, uint8_t *codes, uint8_t *scales, bf16 *y, i64 M, i64 K) {
@@ -85,18 +98,8 @@ void fp8_decode(const uint8_t *codes, const uint8_t *scales, bf16 *y, i64 M, i64
 #pragma omp parallel for schedule(static)
     for (i64 m = 0; m < M; m++)
         for (i64 k = 0; k < K; k += 16) {
-            uint8_t byte = scales[m * tiles + k / TILE];
-            union { uint32_t u; float f; } s = {(uint32_t)byte << 23};
-            __m512 scale = _mm512_set1_ps(byte == 255 ? NAN : s.f);
-            __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + m * K + k)));
-            __m512i a = _mm512_and_si512(c, _mm512_set1_epi32(0x7f));
-            __mmask16 sub = _mm512_cmplt_epu32_mask(a, _mm512_set1_epi32(8));
-            __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(a, 20), _mm512_set1_epi32(120 << 23));
-            __m512 v = _mm512_castsi512_ps(bits);
-            v = _mm512_mask_mul_ps(v, sub, _mm512_cvtepi32_ps(a), _mm512_set1_ps(1.0f / 512));
-            __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(c, 7), 31);
-            v = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(v), sign));
-            store(y + m * K + k, _mm512_mul_ps(v, scale));
+            __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + m * K + k)));
+            store(y + m * K + k, widened(code, 3, 7, 7, scales[m * tiles + k / TILE]));
         }
 }
 
@@ -201,15 +204,7 @@ void e5m6_decode(const uint8_t *codes, const uint8_t *scales, bf16 *y, i64 M, i6
 #pragma omp parallel for schedule(static)
     for (i64 m = 0; m < M; m++)
         for (i64 k = 0; k < K; k += 16) {
-            uint8_t byte = scales[m * tiles + k / TILE];
-            union { uint32_t u; float f; } s = {(uint32_t)byte << 23};
-            __m512i code = unpack(codes + (m * K + k) / 2 * 3), a = _mm512_and_si512(code, _mm512_set1_epi32(0x7ff));
-            __mmask16 sub = _mm512_cmplt_epu32_mask(a, _mm512_set1_epi32(64));
-            __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(a, 17), _mm512_set1_epi32(112 << 23));
-            __m512 v = _mm512_castsi512_ps(bits);
-            v = _mm512_mask_mul_ps(v, sub, _mm512_cvtepi32_ps(a), _mm512_set1_ps(0x1p-20f));
-            __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(code, 11), 31);
-            v = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(v), sign));
-            store(y + m * K + k, _mm512_mul_ps(v, _mm512_set1_ps(byte == 255 ? NAN : s.f)));
+            __m512i code = unpack(codes + (m * K + k) / 2 * 3);
+            store(y + m * K + k, widened(code, 6, 15, 11, scales[m * tiles + k / TILE]));
         }
 }
