@@ -76,7 +76,11 @@ def main() -> None:
     for row in ROWS:
         with TemporaryDirectory() as folder:
             made = Path(folder) / "model"
-            make = quantize.calibration(model, quantize.LIBRARY, 16384, row.group) if row.how == CALIBRATED else None
+            make = (
+                quantize.calibration(model, quantize.LIBRARY, 16384, row.group, corpus)
+                if row.how == CALIBRATED
+                else None
+            )
             print(write_in_few_bits(model, made, row.form, row.group, 2**32, make), row.how, flush=True)
             each = [
                 quality.compare(made, model, part, int(n.sum()))

@@ -16,7 +16,6 @@ from shoal.plan.fit import MARGIN, Division, buffer_bytes, divide, least_experts
 from shoal.plan.memory import gib
 
 if TYPE_CHECKING:
-    from shoal.engine.offload import Offload
     from shoal.engine.split import Parts
 
 GROWTH = 64 << 20  # of the process beside what is counted: stacks of threads, requests, what malloc keeps
@@ -29,7 +28,6 @@ class Sized(NamedTuple):
 
     opened: Opened
     cache_bytes: int | None
-    offload: "Offload | None" = None
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +69,9 @@ def open_within(
     tell(d, rest, parts.embedding_bytes, "past the page cache" if direct else "through the page cache")
     if parts.module_bytes:
         print(f"left out: the multi-token module, {gib(parts.module_bytes)}; nothing is drafted", file=sys.stderr)
-    model, offload = split.load(parts, d.slots, direct, device, memory)
+    model, _ = split.load(parts, d.slots, direct, device, memory)
     runtime.give_back_memory()
-    return Sized(Opened(model, tokenizer, folder), cache, offload)
+    return Sized(Opened(model, tokenizer, folder), cache)
 
 
 def division(
@@ -107,9 +105,10 @@ def divided(
     fixed = {"near": parts.near_bytes, "cache": cache, "buffers": buffer_bytes(config, context)}
     whole = fixed | {"near": parts.near_bytes + parts.embedding_bytes + parts.module_bytes}
     sizes = {"process": process, "expert": parts.slot_bytes, "n_experts": n}
-    if here and (not n or process + sum(whole.values()) + n * parts.slot_bytes <= memory * (1 - MARGIN)):
+    fits = here and process + sum(whole.values()) + n * parts.slot_bytes <= memory * (1 - MARGIN)
+    fixed, whole = ({name: n_bytes * here for name, n_bytes in each.items()} for each in (fixed, whole))
+    if fits or not n:
         return divide(memory, **whole, **sizes, least=n), cache, True
-    fixed = {name: n_bytes * here for name, n_bytes in fixed.items()}
     return divide(memory, **fixed, **sizes, least=least_experts(config.moe)), cache, False
 
 

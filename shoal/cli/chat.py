@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     question = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if question == "":
         raise ConfigError("nothing on standard input", "a question", "pipe one in, or call it from a terminal")
-    opened, cache, _ = open_sized(args, args.threads, args.context)
+    opened, cache = open_sized(args, args.threads, args.context)
     if opened.tokenizer.chat_template is None:
         raise ModelError(f"{opened.folder} has no chat template", "a chat model", "use shoal generate to continue text")
     turns = turns_of(opened)

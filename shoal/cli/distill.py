@@ -113,7 +113,7 @@ def teacher_of(config: DistillConfig, known: Opened | None) -> "Teacher":
     if known is None:
         return Endpoint(config.teacher, config.endpoint, config.sampling, instruction)
     ends = frozenset(end_ids(known.folder, known.model.config.vocab_size))
-    return LocalTeacher(known.model, known.tokenizer, known.folder, config.sampling, instruction, ends)
+    return LocalTeacher(known.model, known.tokenizer, known.folder, config.sampling, instruction, ends, known.unchanged)
 
 
 def student_of(config: DistillConfig, run: Run, teacher: Opened | None) -> "tuple[Transformer, Tokenizer]":

@@ -9,7 +9,6 @@ what that costs. The folder appears whole or not at all.
 import argparse
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from shoal.cli.export_gguf import WEIGHTS, to_file
 from shoal.cli.opened import DTYPES, MODEL_HELP, check_memory, check_vocabulary, end_ids, model_folder
+from shoal.cli.sizes import size
 from shoal.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FORMS = ("fp8", "int8", "int4")
 WEIGHTS_HELP = f"matrices in few bits, rounded to the nearest: {', '.join(FORMS)}; of a GGUF file {', '.join(WEIGHTS)}"
 INT4_GROUP = 64
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 BESIDE = (  # copied as they are where they exist
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,7 +50,7 @@ def convert(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     add_group(parser)
     parser.add_argument("--max-shard-size", default="5GB", help="of one file, such as 500MB; default 5GB")
     args = parser.parse_args(argv)
-    shard_bytes, group = n_bytes(args.max_shard_size), group_of(args.weights, args.group)
+    shard_bytes, group = shard_size(args.max_shard_size), group_of(args.weights, args.group)
     as_file = args.out.suffix == ".gguf"
     check_weights(args.weights, args.dtype, as_file)
     with whole_output(args.out) as part:
@@ -183,10 +182,8 @@ def copy_beside(source: Path, target: Path) -> None:
                 shutil.copyfileobj(file, copy)
 
 
-def n_bytes(size: str) -> int:
-    """Bytes of "500MB", "5 GB" or a plain number; units are powers of ten, as file sizes are given."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B|B?)", size.strip().upper())
-    count = int(float(match[1]) * UNITS[match[2]]) if match else 0
-    if count < 1:
-        raise ConfigError(f"--max-shard-size {size}", "a size such as 500MB or 5GB", "give a number and KB, MB or GB")
-    return count
+def shard_size(text: str) -> int:
+    """Bytes of a file at most. Raises ConfigError."""
+    if not (found := size(text)):
+        raise ConfigError(f"--max-shard-size {text}", "some bytes", "give a size such as 500MB")
+    return found

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     check(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     args.dtype = args.dtype or ("float32" if args.memory is None else "bfloat16")
-    opened, cache, _ = open_sized(args)
+    opened, cache = open_sized(args)
     before = prompt_tokens(opened, prompt, args.max_tokens)
     if args.json:
         print(json.dumps(answer(opened, prompt, before, args, cache), ensure_ascii=False))

@@ -30,7 +30,9 @@ SCRATCH_BYTES = 512 << 20  # of a file that the disk is measured on, where the m
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="shoal plan", description="Before a model is fetched.")
     fits = parser.add_subparsers(dest="verb", required=True).add_parser("fit", help="will it run, how fast")
-    fits.add_argument("model", help="a preset (v3-671b, v2-lite-16b, …), a published name, a folder or a config.json")
+    fits.add_argument(
+        "model", help="a preset (v3-671b, v2-lite-16b, …), a published name, a folder, a GGUF file or a config.json"
+    )
     fits.add_argument("--weights", choices=FORMS, help="default: all of them, one line each")
     fits.add_argument("--gpu", metavar="NAME|SIZE", help=f"like 24GiB, or one of {', '.join(GPUS)}; default: none")
     fits.add_argument("--ram", metavar="SIZE", help="that may be used; default: what is free here")
@@ -70,11 +72,15 @@ def described(name: str) -> tuple[ModelConfig, Path | None]:
         from shoal.model.hf_config import read_config
         from shoal.model.hf_files import read_json
 
-        folder = path.parent if path.is_file() else path
-        if not (folder / "config.json").exists():
-            expected = "a model folder, a config.json or a preset"
-            raise ModelError(f"no config.json in {folder}", expected, "check the path")
-        return read_config(read_json(folder, "config.json")), folder
+        if path.suffix == ".gguf":
+            from shoal.model.hf import load_config
+
+            return load_config(path), path.parent
+        folder, file = (path.parent, path.name) if path.is_file() else (path, "config.json")
+        if not file.endswith(".json") or not (folder / file).exists():
+            expected = "a model folder, a GGUF file, a config.json or a preset"
+            raise ModelError(f"{name} holds no config.json", expected, "check the path")
+        return read_config(read_json(folder, file)), folder
     plain_name = name.lower().rpartition("/")[2]
     plain_name = PUBLISHED.get(plain_name.removesuffix("-base").removesuffix("-chat"), plain_name)
     begun = [preset for preset in PRESETS if preset.startswith(plain_name)]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.cli.export import FORMS, add_group, group_of, n_bytes, whole_output, write_in_few_bits
+from shoal.cli.export import FORMS, add_group, group_of, shard_size, whole_output, write_in_few_bits
 from shoal.cli.opened import MODEL_HELP, check_vocabulary, model_folder
 from shoal.errors import ConfigError, DataError
 
@@ -41,14 +41,15 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--max-shard-size", default="5GB", help="of one file, such as 500MB; default 5GB")
     args = parser.parse_args(argv)
-    group, shard_bytes, calibrate = group_of(args.weights, args.group), n_bytes(args.max_shard_size), text_of(args)
+    group, shard_bytes, calibrate = group_of(args.weights, args.group), shard_size(args.max_shard_size), text_of(args)
     source = model_folder(args.model)
     with whole_output(args.out) as part:
-        make = None if calibrate == NONE else calibration(source, calibrate, args.tokens, group)
+        corpus = library(source) if args.tokens else None  # first, in case there can be none
+        make = None if calibrate == NONE else calibration(source, calibrate, args.tokens, group, corpus)
         print(write_in_few_bits(source, part, args.weights, group, shard_bytes, make), args.out)
-        if args.tokens:
+        if corpus:
             facts = {"weights": args.weights, "group": group, "calibrated_with": calibrate}
-            report(source, part, facts, args.tokens)
+            report(source, part, facts, args.tokens, corpus)
     return 0
 
 
@@ -65,12 +66,13 @@ def text_of(args: argparse.Namespace) -> str:
     return given
 
 
-def calibration(source: Path, text: str, tokens: int, group: int | None) -> "Make":
+def calibration(source: Path, text: str, tokens: int, group: int | None, corpus: "Corpus | None") -> "Make":
     from shoal.precision.calibrate import Calibration
 
     assert group is not None
     if text == LIBRARY:
-        found = library(source).train.tokens
+        assert corpus, "text_of has seen to it"
+        found = corpus.train.tokens
     else:
         from shoal.cli.score import read_text
         from shoal.data.tokenizer import Tokenizer
@@ -105,12 +107,11 @@ def windows(source: Path, text: "list[int] | np.ndarray", tokens: int, name: str
     return torch.from_numpy(np.asarray(text[: whole * T], dtype=np.int64).reshape(whole, T)[chosen])
 
 
-def report(source: Path, part: Path, facts: dict, tokens: int) -> None:
+def report(source: Path, part: Path, facts: dict, tokens: int, corpus: "Corpus") -> None:
     """Print the table; leave quality.json and quality.md in the folder."""
     from shoal.model.hf_files import write_json
     from shoal.precision import convert, quality
 
-    corpus = library(source)
     text = windows(source, corpus.val.tokens, tokens, "the held-out text")
     spelled = int(corpus.tokenizer.byte_lengths()[text[:, 1:].numpy()].sum())
     q = quality.compare(part, source, text, spelled)

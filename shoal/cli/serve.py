@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as e:
         raise needs_serve(e) from None
     ledger = open_ledger(args.db)
-    opened, cache, _ = open_sized(args, args.threads, args.context)
+    opened, cache = open_sized(args, args.threads, args.context)
     turns = turns_of(opened)
     engine = make_engine(opened, cache, on_disk, args)
     server = make_server(opened, engine, turns, ledger, required, args)

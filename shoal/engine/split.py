@@ -60,7 +60,7 @@ def near_bytes(model: Transformer, stored: Stored) -> Iterator[int]:
     """Of every tensor that isn't an expert's, the embedding among them, in the form it has in memory."""
     few = {piece.ours: piece for pieces in leaves(model, stored).values() for piece in pieces}
     for name, t in model.state_dict().items():
-        if ".experts." not in name:
+        if ".experts." not in name and not (name == "head.weight" and model.config.tie_embeddings):
             yield located(stored, few[name], t.dtype).nbytes if name in few else t.nbytes
 
 

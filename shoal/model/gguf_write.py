@@ -6,6 +6,7 @@ q8_0; rows that aren't whole blocks are bf16. Numbers are rounded as ggml's refe
 modules are left out, as the converter does.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from shoal.model.transformer import Transformer
 ALIGNMENT = 32
 NUMBERS = {kind.name: number for number, kind in KINDS.items()}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's name of the whole
-IN_EIGHT = ("token_embd", "output.weight", "attn_k_b", "attn_v_b")  # of a file in four bits
+IN_EIGHT = re.compile(r"(token_embd|output|blk\.\d+\.attn_[kv]_b)\.weight")  # of a file in four bits
 ROWS = 4096  # of a matrix that are rounded at once
 
 Read = Callable[[Piece], Tensor]  # a piece's numbers, of any floating type
@@ -134,7 +135,7 @@ def is_llama(config: ModelConfig) -> bool:
 def kind_of(name: str, shape: tuple[int, ...], weights: str) -> str:
     if len(shape) == 1 or "ffn_gate_inp" in name:
         return "f32"
-    kind = "q8_0" if weights == "q4_0" and any(part in name for part in IN_EIGHT) else weights
+    kind = "q8_0" if weights == "q4_0" and IN_EIGHT.fullmatch(name) else weights
     return "bf16" if shape[-1] % KINDS[NUMBERS[kind]].block else kind
 
 

@@ -58,19 +58,19 @@ class Weights:
 
 def weights(config: ModelConfig, form: Form) -> Weights:
     """In this form: embedding, keys' and values' up-projection in bf16, norms and routers in fp32; the head in 8 bits
-    where the others have 8 or 4 that are integers, else in bf16."""
+    where the others have 8 or 4 that are integers, else in bf16; one that is the embedding too counts as near."""
     c, counts = config, count_parameters(config)
     mixtures = sum(c.is_moe(i) for i in range(c.n_layers))
     in_expert = 3 * c.dim * c.moe.moe_dim if c.moe else 0
     n_experts = mixtures * (c.moe.n_routed_experts if c.moe else 0)
     vectors = numbers(replace(c, n_mtp=0)).vectors
     up = c.n_layers * up_parameters(c)
-    head = counts.embedding
     body = counts.total - counts.embedding - counts.head - vectors - up - n_experts * in_expert
-    head_bytes = head * (SCALED["int8"] if form in ("int8", "int4") else 2)
+    embedding = 2 * counts.embedding
+    head = embedding if c.tie_embeddings else counts.head * (SCALED["int8"] if form in ("int8", "int4") else 2)
     return Weights(
-        near=floor(4 * vectors + 2 * up + SCALED[form] * body + head_bytes),
-        embedding=2 * counts.embedding,
+        near=floor(4 * vectors + 2 * up + SCALED[form] * body + head),
+        embedding=0 if c.tie_embeddings else embedding,
         expert=floor(SCALED[form] * in_expert),
         n_experts=n_experts,
         chosen=mixtures * (c.moe.n_activated if c.moe else 0),
@@ -200,11 +200,9 @@ class Fit:
         return {link: 1 / s for link, s in self.seconds.items() if s}
 
 
-def fit(
-    config: ModelConfig, form: Form, machine: Hardware, context: int, hit_rate: float | None = None, streams: int = 1
-) -> Fit:
+def fit(config: ModelConfig, form: Form, machine: Hardware, context: int, hit_rate: float | None = None) -> Fit:
     """One stream at `context` tokens. `hit_rate` None is the uniform one."""
-    w, cache = weights(config, form), streams * context * cache_bytes_per_token(config)
+    w, cache = weights(config, form), context * cache_bytes_per_token(config)
     buffers = buffer_bytes(config, context)
     on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.near + w.embedding + cache + buffers
     all_on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.total + cache + buffers

@@ -15,7 +15,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from hashlib import sha256
@@ -57,10 +57,11 @@ class LocalTeacher:
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, folder: Path, sampling: SamplingConfig,
-        instruction: str = "", ends: frozenset[int] = frozenset(),
+        instruction: str = "", ends: frozenset[int] = frozenset(), unchanged: Callable[[], None] = lambda: None,
     ):  # fmt: skip
-        """`instruction` goes behind every prompt, where the chat form isn't ours: that one marks its answers itself."""
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        """`instruction` goes behind every prompt, where the chat form isn't ours: that one marks its answers itself.
+        `unchanged` is the engine's."""
+        self.model, self.tokenizer, self.sampling, self.unchanged = model, tokenizer, sampling, unchanged
         self.chat, self.name = Chat(tokenizer), identity(folder)
         self.instruction = "" if self.chat.ours else instruction
         last = self.chat.marks.answer_end
@@ -72,7 +73,7 @@ class LocalTeacher:
 
     def ask(self, wanted: Sequence[Wanted]) -> Generator[Answer, None, None]:
         """Raises ModelError where the model's numbers aren't finite, ConfigError for a prompt beyond its context."""
-        with closing(self.chat), closing(LocalEngine(self.model)) as engine:
+        with closing(self.chat), closing(LocalEngine(self.model, unchanged=self.unchanged)) as engine:
             done: SimpleQueue[tuple[Wanted, Request, Result]] = SimpleQueue()
             for one in wanted:
                 engine.submit(self.request(one, engine.context, done))

@@ -66,10 +66,14 @@ class Source:
         self._dtypes = {name: t.dtype for name, t in self.model.state_dict().items()}
         self._whole = {piece.ours: piece for piece in self.pieces if piece.expert is None}
 
+    def own(self, piece: Piece) -> Piece:
+        """Of a copy, the piece that it is a copy of: the folder may have no other."""
+        return self._whole.get(piece.ours, piece)
+
     def read(self, piece: Piece, dtype: torch.dtype | None = None) -> Tensor:
         """What the piece stands for; in the dtype that it has in a bf16 model, if not in another."""
         value = torch.empty(piece.shape, dtype=dtype or self._dtypes[piece.ours])
-        self.stored.copy(self._whole.get(piece.ours, piece), value)  # a copy is read where the model's own stands
+        self.stored.copy(self.own(piece), value)
         return value
 
     def rounded(self, piece: Piece, how: Kept) -> Quantised:
@@ -114,6 +118,7 @@ def write(
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
     made = lru_cache(maxsize=1)(make or source.rounded)  # a matrix is asked for once a tensor
+    its_own: Make = lambda piece, how: made(source.own(piece), how)  # noqa: E731
     ways = {piece.name: kept(piece, form, group) for piece in source.pieces}
     again = list(copies(source.model.config))
     ways |= {piece.name: kept(piece, form, group) for piece in again}
@@ -121,7 +126,7 @@ def write(
     def planned() -> Iterable[Planned]:
         for piece in [*source.pieces, *again]:
             how = ways[piece.name]
-            yield from [source.planned(piece)] if how is None else in_few_bits(piece, how, made)
+            yield from [source.planned(piece)] if how is None else in_few_bits(piece, how, its_own)
 
     write_tensors(target, planned(), max_shard_bytes)
     raw = to_hf_config(source.model.config, "bfloat16", bos_id, eos_id)
