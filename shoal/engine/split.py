@@ -24,7 +24,7 @@ from shoal.model.hf_stored import INTEGERS, PACKED, SCALE, SCALE_INV, WORD_BITS,
 from shoal.model.moe import Experts, MoE
 from shoal.model.transformer import Transformer
 from shoal.ops.quant import FP8
-from shoal.precision.weights import leaves, on, replace_leaf
+from shoal.precision.weights import LargePages, leaves, put, replace_leaf
 
 
 class Parts(NamedTuple):
@@ -109,9 +109,10 @@ def load(
     moe, dtype = model.config.moe, model.embed.weight.dtype
     assert moe
     mixtures = [block.ffn for block in model.layers if isinstance(block.ffn, MoE)]
+    keep = LargePages().keep if torch.device(device).type == "cpu" else lambda x: x.to(device)
     for name, pieces in leaves(model, stored).items():
         if not isinstance(model.get_submodule(name), Experts):
-            replace_leaf(model, name, [on(stored.quantised(piece, mapped=False), device) for piece in pieces])
+            replace_leaf(model, name, [put(stored.quantised(piece, mapped=False), keep) for piece in pieces])
     for mixture in mixtures:
         mixture.experts = nn.Module()  # pyright: ignore[reportAttributeAccessIssue]
     if entry := lookup(parts):

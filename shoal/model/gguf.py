@@ -71,8 +71,9 @@ class GGUF:
     def in_few_bits(self, piece: Piece) -> bool:
         return any(self.entries[name].kind.block > 1 for name, _ in self._stored(piece))
 
-    def quantised(self, piece: Piece) -> Quantised:
-        """The matrix in few bits, in memory: what has no form of ours is rounded to int8 (gguf_blocks)."""
+    def quantised(self, piece: Piece, mapped: bool = False) -> Quantised:
+        """The matrix in few bits, in memory, since blocks lie in another order than ours: what has no form of ours is
+        rounded to int8 (gguf_blocks)."""
         return joined([in_few_bits(rows) for _, rows in self._some_rows(piece)])
 
     def copy(self, piece: Piece, place: Tensor) -> None:

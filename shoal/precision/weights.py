@@ -1,18 +1,20 @@
 """Serving leaves: `Linear` and `Experts` whose weights stay in 8 or 4 bits, swapped in from outside.
 
 The model's code doesn't change: `model.layers[0].attn.q_up` is another leaf, that's all. `load` opens a folder in the
-form it is stored in: what is in few bits stays so, in the mapped files, and is neither converted nor copied; the system
-reads it when it is first used and may let go of it again. In memory are the rest and one tensor more. Dequantised are
-what is no leaf (embedding, norms, routers) and the up-projection of the latents, which decoding folds into queries.
+form it is stored in: what is in few bits is not converted. Where it takes at most half of the memory that is free, it
+is read onto large pages, from which tokens are made faster (int4: by a seventh, LOG.md). Where it takes more, it is
+used in the mapped files: the system reads it when it is first used and may let go of it again. Dequantised are what is
+no leaf (embedding, norms, routers) and the up-projection of the latents, which decoding folds into queries.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from shoal import runtime
 from shoal.model import hf
 from shoal.model.gguf_file import GGUFFile
 from shoal.model.hf import Tensors
@@ -21,10 +23,13 @@ from shoal.model.hf_names import Piece
 from shoal.model.layers import Linear
 from shoal.model.moe import Experts
 from shoal.model.transformer import Transformer
+from shoal.ops import cpu
 from shoal.ops import dispatch as ops
 from shoal.ops.quant import Quantised
 
 ABSORBED = "attn.kv_up"
+CHUNK = 64 << 20  # bytes of large pages that are taken at a time
+LINE = 64  # bytes, of the processor's cache
 
 
 class QuantisedLinear(nn.Module):
@@ -59,26 +64,50 @@ class QuantisedExperts(nn.Module):
         return torch.cat(made) if made else x_MD
 
 
-def load(folder: Path | str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> Transformer:
-    """The model in `folder` in the form it is stored in; `dtype` is of the matrices in high precision.
+class LargePages:
+    """Memory for matrices that stay, side by side on large pages."""
+
+    def __init__(self):
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """A copy of it there."""
+        n = -(-x.nbytes // LINE) * LINE
+        if n > len(self._left):
+            self._left = cpu.huge(max(n, CHUNK))
+        place, self._left = self._left[: x.nbytes], self._left[n:]
+        return place.view(x.dtype).view(x.shape).copy_(x)
+
+
+def load(
+    folder: Path | str,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    mapped: bool | None = None,
+) -> Transformer:
+    """The model in `folder` in the form it is stored in; `dtype` is of the matrices in high precision, `mapped` whether
+    the others are used where they lie in their files (None: as there is memory).
 
     Raises ModelError as `hf.load` does, before memory is taken.
     """
-    return opened(folder, dtype, device)[0]
+    return opened(folder, dtype, device, mapped)[0]
 
 
 def opened(
-    folder: Path | str, dtype: torch.dtype, device: torch.device | str
+    folder: Path | str, dtype: torch.dtype, device: torch.device | str, mapped: bool | None = None
 ) -> tuple[Transformer, TensorFolder | GGUFFile]:
     """And its files, which must stay as they are while the model is used: `unchanged` raises where they don't."""
     model, stored = hf.opened(folder, dtype)
-    return bring(model, stored, device), stored.files
+    return bring(model, stored, device, mapped), stored.files
 
 
-def bring(model: Transformer, stored: Tensors, device: torch.device | str) -> Transformer:
+def bring(model: Transformer, stored: Tensors, device: torch.device | str, mapped: bool | None = None) -> Transformer:
     """The model that `hf.opened` has checked, with its leaves as they are stored and memory for the rest."""
-    for name, matrices in leaves(model, stored).items():
-        replace_leaf(model, name, [on(stored.quantised(piece), device) for piece in matrices])
+    if mapped is None:
+        mapped = n_bytes(model, stored) > runtime.free_bytes() // 2
+    keep = LargePages().keep if torch.device(device).type == "cpu" and not mapped else lambda x: x.to(device)
+    for name, pieces in leaves(model, stored).items():
+        replace_leaf(model, name, [put(stored.quantised(piece, mapped), keep) for piece in pieces])
     hf.allocate(model, device)
     hf.fill(model, stored)
     return model
@@ -117,6 +146,7 @@ def replace_leaf(model: nn.Module, name: str, matrices: Sequence[Quantised]) -> 
     setattr(model.get_submodule(above), last, leaf)
 
 
-def on(matrix: Quantised, device: torch.device | str) -> Quantised:
-    least = None if matrix.least is None else matrix.least.to(device)
-    return Quantised(matrix.form, matrix.codes.to(device), matrix.scales.to(device), matrix.block, least)
+def put(matrix: Quantised, keep: Callable[[Tensor], Tensor]) -> Quantised:
+    """The same matrix, its tensors where `keep` has put them."""
+    least = None if matrix.least is None else keep(matrix.least)
+    return Quantised(matrix.form, keep(matrix.codes), keep(matrix.scales), matrix.block, least)

@@ -47,13 +47,21 @@ def test_leaves_are_in_few_bits_and_the_rest_is_not(fp8):
 
 
 def test_what_is_mapped_takes_no_memory(fp8):
-    model = weights.load(fp8)
+    model = weights.load(fp8, mapped=True)
     with open(f"/proc/{os.getpid()}/maps") as maps:
         spans = [line.split()[0].split("-") for line in maps if str(fp8) in line]
     ((start, end),) = [(int(a, 16), int(b, 16)) for a, b in spans]
     experts = model.get_submodule("layers.1.ffn.experts")
     assert isinstance(experts, QuantisedExperts)
     assert all(start <= gate.codes.data_ptr() < end for gate in experts.gate)
+
+
+def test_what_was_read_needs_its_files_no_more(fp8):
+    (model, files), mapped = weights.opened(fp8, torch.float32, "cpu"), weights.load(fp8, torch.float32, mapped=True)
+    before = our_log_probs(mapped, TOKENS)
+    os.truncate(fp8 / "model.safetensors", 64)
+    files.unchanged()
+    assert torch.equal(our_log_probs(model, TOKENS), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float32, torch.bfloat16])
@@ -87,7 +95,7 @@ def test_a_plain_folder_opens_as_ever(tmp_path):
 
 @pytest.mark.parametrize("change", ["cut", "write"])
 def test_a_file_that_changes_under_us_is_noticed(fp8, change):
-    _, files = weights.opened(fp8, torch.bfloat16, "cpu")
+    _, files = weights.opened(fp8, torch.bfloat16, "cpu", mapped=True)
     files.unchanged()
     file = fp8 / "model.safetensors"
     if change == "cut":
@@ -105,7 +113,7 @@ def test_a_file_that_changes_under_us_is_noticed(fp8, change):
 
 
 def test_a_file_that_is_replaced_stays_what_it_was(fp8):
-    model, files = weights.opened(fp8, torch.float32, "cpu")
+    model, files = weights.opened(fp8, torch.float32, "cpu", mapped=True)
     before = our_log_probs(model, TOKENS)
     os.replace(fp8 / "config.json", fp8 / "model.safetensors")
     files.unchanged()

@@ -3,7 +3,6 @@
 #include "step.h"
 
 #define BLOCK 16 /* outputs in a task */
-#define AHEAD 2  /* blocks: weights are asked for so long before they are needed */
 #define PANEL 64 /* outputs in a task with many rows */
 
 /* The sums of 16 vectors' lanes, each in the same order: [16]. */
@@ -25,9 +24,10 @@ INLINE __m512bh pairs(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
 INLINE __m512bh half_pairs(const bf16 *p) { return (__m512bh)_mm512_maskz_loadu_epi32(0xff, p); }
 
 /* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart. Fresh weights are read one row after the
- * other, as memory likes it; where they are in cache, rows share what they load. Either way a sum runs in the same
- * order. */
-INLINE void dots(const int MR, const int fresh, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[PANEL]) {
+ * other, as memory likes it, and those `ahead` bytes further are asked for; where they are in cache, rows share what
+ * they load. Either way a sum runs in the same order. */
+INLINE void dots(const int MR, const int fresh, const bf16 *const *x, const bf16 *w, i64 K, i64 ahead,
+                 float (*tile)[PANEL]) {
     const int NR = BLOCK / MR;
     const i64 whole = K / 32 * 32;
     __m512 acc[BLOCK];
@@ -37,7 +37,7 @@ INLINE void dots(const int MR, const int fresh, const bf16 *const *x, const bf16
         for (int n = 0; n < NR; n++)
             for (i64 k = 0; k < whole; k += 32) {
                 __m512bh wn = pairs(w + n * K + k);
-                _mm_prefetch((const char *)(w + n * K + k + AHEAD * BLOCK * K), _MM_HINT_T1);
+                _mm_prefetch((const char *)(w + n * K + k) + ahead, _MM_HINT_T1);
                 for (int m = 0; m < MR; m++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], pairs(x[m] + k), wn);
             }
     else
@@ -60,14 +60,14 @@ INLINE void dots(const int MR, const int fresh, const bf16 *const *x, const bf16
 }
 
 /* tile[m] = up to 4 rows of x times 16 rows of w. The order of a sum doesn't depend on how many rows there are. */
-static void products(i64 M, int fresh, const bf16 *const *x, const bf16 *w, i64 K, float (*tile)[PANEL]) {
-    if (M == 1) return dots(1, 1, x, w, K, tile);
+static void products(i64 M, int fresh, const bf16 *const *x, const bf16 *w, i64 K, i64 ahead, float (*tile)[PANEL]) {
+    if (M == 1) return dots(1, 1, x, w, K, ahead, tile);
     const i64 rows = M == 2 ? 8 : 4;
     for (i64 n = 0; n < BLOCK; n += rows, w += rows * K) {
         float(*to)[PANEL] = (float(*)[PANEL])(tile[0] + n);
         if (M == 2)
-            fresh ? dots(2, 1, x, w, K, to) : dots(2, 0, x, w, K, to);
+            fresh ? dots(2, 1, x, w, K, ahead, to) : dots(2, 0, x, w, K, ahead, to);
         else
-            fresh ? dots(4, 1, x, w, K, to) : dots(4, 0, x, w, K, to);
+            fresh ? dots(4, 1, x, w, K, ahead, to) : dots(4, 0, x, w, K, ahead, to);
     }
 }

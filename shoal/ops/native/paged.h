@@ -4,6 +4,7 @@
 
 #define UNIT 64    /* tokens in a page: engine/pages.py */
 #define TOGETHER 4 /* heads that share the reading of a key */
+#define FOLDED 16  /* rows of an up-projection that are asked for before they are needed */
 
 enum { HALVES, PAIRS }; /* how the two numbers that turn together lie: Llama's and Qwen2's layout, DeepSeek's */
 
@@ -127,11 +128,13 @@ INLINE const bf16 *token(const i64 *pages, const void *kept, i64 width, i64 posi
 
 /* 16 · NV numbers of q w: q [N], rows of w C apart. */
 INLINE void fold(const int NV, const bf16 *q, i64 N, const bf16 *w, i64 C, bf16 *to) {
-    __m512 sum[4];
+    __m512 sum[8];
     for (int j = 0; j < NV; j++) sum[j] = _mm512_setzero_ps();
-    for (i64 n = 0; n < N; n++)
-        for (int j = 0; j < NV; j++)
-            sum[j] = _mm512_fmadd_ps(_mm512_set1_ps(widen(q[n])), load(w + n * C + 16 * j), sum[j]);
+    for (i64 n = 0; n < N; n++, w += C) {
+        __m512 x = _mm512_set1_ps(widen(q[n]));
+        for (int j = 0; j < NV; j += 2) _mm_prefetch((const char *)(w + 16 * j + FOLDED * C), _MM_HINT_T1);
+        for (int j = 0; j < NV; j++) sum[j] = _mm512_fmadd_ps(x, load(w + 16 * j), sum[j]);
+    }
     for (int j = 0; j < NV; j++) store(to + 16 * j, sum[j]);
 }
 
@@ -146,9 +149,14 @@ static void absorbed(const Worker *t, i64 row, i64 first) {
         const bf16 *q = (const bf16 *)c->x + row * c->xs + (first + i) * (c->N + c->R);
         const bf16 *w = (const bf16 *)c->w + (first + i) * (c->N + c->V) * C;
         i64 k = 0;
+        for (; k + 128 <= C; k += 128) fold(8, q, c->N, w + k, C, folded + i * W + k);
         for (; k + 64 <= C; k += 64) fold(4, q, c->N, w + k, C, folded + i * W + k);
         for (; k < C; k += 16) fold(1, q, c->N, w + k, C, folded + i * W + k);
         rotated(q + c->N, t->step, row, c->R, PAIRS, folded + i * W + C);
+    }
+    for (i64 i = 0; i < h; i++) { /* W_v is asked for, and comes while the row attends */
+        const bf16 *w = (const bf16 *)c->w + ((first + i) * (c->N + c->V) + c->N) * C;
+        for (i64 n = 0; n < c->V * C; n += 32) _mm_prefetch((const char *)(w + n), _MM_HINT_T1);
     }
     attend_row(t, row, h, folded, W, c->kept, c->kept, C, W, c->scale, out);
     for (i64 i = 0; i < h; i++) {
@@ -157,7 +165,7 @@ static void absorbed(const Worker *t, i64 row, i64 first) {
         float tile[1][PANEL];
         round_off(out + i * C, C, latent);
         for (i64 v = 0; v < c->V; v += BLOCK) {
-            products(1, 1, &x, w + v * C, C, tile);
+            products(1, 1, &x, w + v * C, C, 0, tile);
             store(y + v, _mm512_loadu_ps(tile[0]));
         }
     }

@@ -96,17 +96,17 @@ INLINE i64 take(const Instruction *c, Rows r, i64 row, i64 most, const bf16 **xs
 }
 
 /* tile[m] = up to 4 rows of x times 16 outputs of a matrix from n on. */
-INLINE i64 few_products(const Worker *t, Rows r, i64 row, const Matrix *w, i64 n, float (*tile)[PANEL]) {
+INLINE i64 few_products(const Worker *t, Rows r, i64 row, const Matrix *w, i64 n, i64 ahead, float (*tile)[PANEL]) {
     const Instruction *c = t->code;
     const bf16 *xs[4];
     const Arranged *as[4];
     i64 M = least(r.end - row, 4);
     if (w->form == PLAIN) {
         take(c, r, row, 4, xs);
-        products(M, row == r.start, xs, (const bf16 *)w->codes + n * c->K, c->K, tile);
+        products(M, row == r.start, xs, (const bf16 *)w->codes + n * c->K, c->K, ahead, tile);
     } else {
         for (i64 m = 0; m < 4; m++) as[m] = arranged(t, w, row_of(r, row + least(m, M - 1)), 0);
-        quantised_products(M, as, w, n, c->K, tile);
+        quantised_products(M, as, w, n, c->K, ahead, tile);
     }
     return M;
 }
@@ -137,8 +137,8 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const Matrix *w, i
     Rows before = {r.index, r.divide, r.start, exact};
     for (i64 j = 0; j < columns; j += BLOCK)
         for (i64 row = r.start; row < exact; row += 4) {
-            i64 M = few_products(t, before, row, w, n + j, tile);
-            if (two) few_products(t, before, row, w + 1, n + j, (float(*)[PANEL])(tile[0] + BLOCK));
+            i64 M = few_products(t, before, row, w, n + j, t->ahead[0], tile);
+            if (two) few_products(t, before, row, w + 1, n + j, t->ahead[1], (float(*)[PANEL])(tile[0] + BLOCK));
             for (i64 m = 0; m < M; m++)
                 finish(c, r.index ? r.index[row + m] : row + m, n + j, BLOCK, tile[m], tile[m] + BLOCK);
         }
@@ -151,8 +151,8 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const Matrix *w, i
     /* While these outputs are computed, the weights of this thread's next ones are asked for, slice by slice. */
     i64 row_of_w = row_bytes(w->form, K), bytes = columns * row_of_w, NV = (two + 1) * columns / BLOCK;
     i64 slice = bytes / ceil_div(r.end - exact, MOST_ROWS) + 64;
-    const char *ahead = (const char *)w->codes + n * row_of_w + AHEAD * bytes;
-    const char *ahead2 = two ? (const char *)w[1].codes + n * row_of_w + AHEAD * bytes : NULL;
+    const char *ahead = (const char *)w->codes + n * row_of_w + t->ahead[0];
+    const char *ahead2 = two ? (const char *)w[1].codes + n * row_of_w + t->ahead[1] : NULL;
     for (i64 row = exact; row < r.end; row += MOST_ROWS) {
         i64 M = least(r.end - row, MOST_ROWS);
         for (i64 b = 0; b < slice; b += 64) {

@@ -240,12 +240,32 @@ typedef struct {
     char apart[56];
 } Counter; /* of the tasks that were taken; a cache line each */
 
-/* Ask for the weights that this thread's first task of an instruction probably needs. */
-static void warm(const Instruction *c, i64 task) {
-    if ((KINDS[c->kind] != linear && KINDS[c->kind] != gated) || (task + 1) * BLOCK > c->N) return;
-    i64 bytes = BLOCK * row_bytes(c->matrices->form, c->K);
-    const char *w = (const char *)c->matrices->codes + task * bytes;
-    for (i64 b = 0; b < bytes; b += 64) _mm_prefetch(w + b, _MM_HINT_T1);
+/* Where the weights of a task begin, the second matrix's if it has two; NULL where it has none. */
+static const char *weights_of(const Instruction *c, const Step *s, i64 task, i64 second) {
+    void (*kind)(const Worker *, i64) = KINDS[c->kind];
+    if (!c->matrices) return NULL;
+    i64 columns = width(c, s), blocks = ceil_div(c->N, columns);
+    const Matrix *w = c->matrices;
+    if (kind == experts_gated || kind == experts_down) w += 3 * s->busy_E[task / blocks];
+    w += kind == experts_down ? 2 : second && c->stacked == 2;
+    return w->codes ? (const char *)w->codes + task % blocks * columns * row_bytes(w->form, c->K) : NULL;
+}
+
+/* What this thread asks for during a task: the weights of the one it will probably take next, of this instruction or
+ * of one behind it, as far as experts are chosen. */
+static void look_ahead(Worker *t, i64 task, i64 count) {
+    const Instruction *then = t->code;
+    i64 next = task + t->team;
+    t->ahead[0] = t->ahead[1] = 0;
+    while (next >= count) {
+        next -= count;
+        if (++then == t->end || KINDS[then->kind] == route) return;
+        count = then->matrices ? tasks(then, t->step) : 0;
+    }
+    for (i64 i = 0; i < 2; i++) {
+        const char *from = weights_of(t->code, t->step, task, i), *to = weights_of(then, t->step, next, i);
+        if (from && to) t->ahead[i] = to - from;
+    }
 }
 
 /* All threads come here before any goes on. Spins, since it is mostly a matter of a microsecond. */
@@ -309,15 +329,14 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
         i64 team = omp_get_num_threads();
         i64 me = omp_get_thread_num();
         char *mine = room + me * (bytes + in_arranged);
-        Worker worker = {code, step, longest, mine, mine + bytes, whose + me * each};
+        Worker worker = {code, code + n, step, team, {0, 0}, longest, mine, mine + bytes, whose + me * each};
         for (i64 i = 0; i < n; i++, worker.code++) {
             i64 count = tasks(worker.code, step), task;
-            while ((task = atomic_fetch_add_explicit(&counters[i].next, 1, memory_order_relaxed)) < count)
+            while ((task = atomic_fetch_add_explicit(&counters[i].next, 1, memory_order_relaxed)) < count) {
+                look_ahead(&worker, task, count);
                 KINDS[worker.code->kind](&worker, task);
-            if (worker.code->wait) {
-                if (i + 1 < n) warm(worker.code + 1, omp_get_thread_num());
-                meet(&arrived, team);
             }
+            if (worker.code->wait) meet(&arrived, team);
         }
     }
     free(counters);

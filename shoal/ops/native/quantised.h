@@ -1,4 +1,5 @@
-/* Few rows times weights in few bits (ops/quant.py), which are read as they lie, a line of 64 bytes at a time.
+/* Few rows times weights in few bits (ops/quant.py), which are read as they lie, a line of 64 bytes at a time; the line
+ * `ahead` bytes further is asked for meanwhile.
  *
  *     fp8          y = Σ_blocks s Σ w x               codes become bf16 by table, exactly
  *     int8, int4   y = a (Σ_groups s Σ code q + z Σ q)    with x = a q, z = −128 s, −8 s or the least number
@@ -160,7 +161,7 @@ INLINE __m512 scales_of(const Matrix *w, const void *from, i64 at, i64 n) {
 
 /* total[m] = Σ over lanes, MR rows of x times row n of w: integers. */
 INLINE void integer_dot(const int form, const int MR, const Arranged *const *x, const Matrix *w, i64 n, i64 K,
-                        __m512 *total) {
+                        i64 ahead, __m512 *total) {
     const i64 L = line_of(form), bytes = row_bytes(form, K), groups = ceil_div(K, w->columns);
     const uint8_t *codes = (const uint8_t *)w->codes + n * bytes;
     const int log = w->columns == K ? 31 : __builtin_ctzll(w->columns);
@@ -179,7 +180,7 @@ INLINE void integer_dot(const int form, const int MR, const Arranged *const *x, 
                                                : _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(k)), shift);
             const uint8_t *line = codes + (form == INT4 ? k / 2 : k);
             unpack(form, line, form == INT4 ? (K - k) / 2 : K - k, v);
-            _mm_prefetch((const char *)line + AHEAD * BLOCK * bytes, _MM_HINT_T1);
+            _mm_prefetch((const char *)line + ahead, _MM_HINT_T1);
             __m512 scale = _mm512_permutexvar_ps(at, s);
             for (int m = 0; m < MR; m++) {
                 __m512i exact = _mm512_setzero_si512();
@@ -193,7 +194,7 @@ INLINE void integer_dot(const int form, const int MR, const Arranged *const *x, 
 }
 
 /* The same in fp8. */
-INLINE void fp8_dot(const int MR, const Arranged *const *x, const Matrix *w, i64 n, i64 K, __m512 *total) {
+INLINE void fp8_dot(const int MR, const Arranged *const *x, const Matrix *w, i64 n, i64 K, i64 ahead, __m512 *total) {
     const uint8_t *codes = (const uint8_t *)w->codes + n * K;
     const float *scale = (const float *)w->scales + n / w->rows * ceil_div(K, w->columns);
     __m512 sum[4];
@@ -204,7 +205,7 @@ INLINE void fp8_dot(const int MR, const Arranged *const *x, const Matrix *w, i64
         for (i64 k = block, end = least(K, block + w->columns); k < end; k += 64) {
             __m512i v[2];
             unpack(FP8, codes + k, K - k, v);
-            _mm_prefetch((const char *)codes + k + AHEAD * BLOCK * K, _MM_HINT_T1);
+            _mm_prefetch((const char *)codes + k + ahead, _MM_HINT_T1);
             for (int m = 0; m < MR; m++)
                 for (int i = 0; i < 2; i++)
                     part[m] = _mm512_dpbf16_ps(part[m], (__m512bh)_mm512_loadu_si512(numbers_of(x[m]) + k + 32 * i),
@@ -217,10 +218,11 @@ INLINE void fp8_dot(const int MR, const Arranged *const *x, const Matrix *w, i64
 
 /* tile[m] = MR rows of x times 16 rows of w from n on. */
 INLINE void quantised_dots(const int form, const int MR, const Arranged *const *x, const Matrix *w, i64 n, i64 K,
-                           float (*tile)[PANEL]) {
+                           i64 ahead, float (*tile)[PANEL]) {
     __m512 total[4 * BLOCK];
     for (i64 i = 0; i < BLOCK; i++)
-        form == FP8 ? fp8_dot(MR, x, w, n + i, K, total + i) : integer_dot(form, MR, x, w, n + i, K, total + i);
+        form == FP8 ? fp8_dot(MR, x, w, n + i, K, ahead, total + i)
+                    : integer_dot(form, MR, x, w, n + i, K, ahead, total + i);
     for (int m = 0; m < MR; m++) {
         __m512 y = sums(total + m * BLOCK);
         _mm512_storeu_ps(tile[m], form == FP8 ? y : _mm512_mul_ps(y, _mm512_set1_ps(x[m]->scale)));
@@ -228,16 +230,17 @@ INLINE void quantised_dots(const int form, const int MR, const Arranged *const *
 }
 
 /* Up to 4 rows. The order of a sum doesn't depend on how many there are. */
-static void quantised_products(i64 M, const Arranged *const *x, const Matrix *w, i64 n, i64 K, float (*tile)[PANEL]) {
+static void quantised_products(i64 M, const Arranged *const *x, const Matrix *w, i64 n, i64 K, i64 ahead,
+                               float (*tile)[PANEL]) {
     switch (w->form * 4 + (M > 2 ? 3 : M)) {
-    case FP8 * 4 + 1: return quantised_dots(FP8, 1, x, w, n, K, tile);
-    case FP8 * 4 + 2: return quantised_dots(FP8, 2, x, w, n, K, tile);
-    case FP8 * 4 + 3: return quantised_dots(FP8, 4, x, w, n, K, tile);
-    case INT8 * 4 + 1: return quantised_dots(INT8, 1, x, w, n, K, tile);
-    case INT8 * 4 + 2: return quantised_dots(INT8, 2, x, w, n, K, tile);
-    case INT8 * 4 + 3: return quantised_dots(INT8, 4, x, w, n, K, tile);
-    case INT4 * 4 + 1: return quantised_dots(INT4, 1, x, w, n, K, tile);
-    case INT4 * 4 + 2: return quantised_dots(INT4, 2, x, w, n, K, tile);
-    default: return quantised_dots(INT4, 4, x, w, n, K, tile);
+    case FP8 * 4 + 1: return quantised_dots(FP8, 1, x, w, n, K, ahead, tile);
+    case FP8 * 4 + 2: return quantised_dots(FP8, 2, x, w, n, K, ahead, tile);
+    case FP8 * 4 + 3: return quantised_dots(FP8, 4, x, w, n, K, ahead, tile);
+    case INT8 * 4 + 1: return quantised_dots(INT8, 1, x, w, n, K, ahead, tile);
+    case INT8 * 4 + 2: return quantised_dots(INT8, 2, x, w, n, K, ahead, tile);
+    case INT8 * 4 + 3: return quantised_dots(INT8, 4, x, w, n, K, ahead, tile);
+    case INT4 * 4 + 1: return quantised_dots(INT4, 1, x, w, n, K, ahead, tile);
+    case INT4 * 4 + 2: return quantised_dots(INT4, 2, x, w, n, K, ahead, tile);
+    default: return quantised_dots(INT4, 4, x, w, n, K, ahead, tile);
     }
 }

@@ -48,8 +48,10 @@ typedef struct { /* a buffer with a row for each of the step's, of which every s
 } Kept;
 
 typedef struct {
-    const Instruction *code;
+    const Instruction *code, *end;
     Step *step;
+    i64 team;        /* threads */
+    i64 ahead[2];    /* bytes from a task's weights, and from up's beside gate's, to those asked for meanwhile */
     i64 longest;     /* tokens that any row sees */
     char *room;      /* this thread's own, for panels and attention */
     char *arranged;  /* and for rows of x as codes meet them (quantised.h), */
