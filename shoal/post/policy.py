@@ -4,9 +4,8 @@
 
 Answers to one prompt share it in a batch: it is computed once, and they branch off from it (`Branching`).
 
-`log_probs` takes log π of the tokens drawn without logits ever standing whole in memory; their gradient comes back a
-chunk at a time. Products are in fp32 going forward, so that log π agrees with the engine's, and in the weights' type
-going back.
+`log_probs` takes log π of the tokens drawn a chunk of logits at a time, in the weights' type, as the engine does: what
+bf16 rounds, it rounds on both sides alike.
 
 Shapes: T tokens of a batch, N completion tokens in it, S answers in it, D model, V vocabulary.
 """
@@ -72,29 +71,30 @@ class Rollout:
 
 
 class _LogProbs(torch.autograd.Function):
-    """log softmax(W h)[y] of each row, fp32."""
+    """log softmax(W h)[y] of each row, fp32. Logits become their own gradient; if one chunk is all, it is kept."""
 
     @staticmethod
     def forward(ctx, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        ctx.save_for_backward(h_ND, weight_VD, targets_N)
-        out_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
-        wide_VD = weight_VD.float()
-        for rows in chunks(len(h_ND), wide_VD):
-            logp = torch.log_softmax(h_ND[rows].float() @ wide_VD.t(), 1)
-            out_N[rows] = logp.gather(1, targets_N[rows, None])[:, 0]
-        return out_N
+        slope_NV, nll = weight_VD, []
+        for rows in chunks(len(h_ND), weight_VD):
+            slope_NV = h_ND[rows] @ weight_VD.t()
+            nll.append(ops.cross_entropy_(slope_NV, targets_N[rows], 1.0))  # leaves softmax − one-hot
+        ctx.save_for_backward(h_ND, weight_VD, targets_N, *[slope_NV] * (len(nll) == 1))
+        return -torch.cat(nll)
 
     @staticmethod
     def backward(ctx, grad_N: Tensor):
-        h_ND, weight_VD, targets_N = ctx.saved_tensors
-        dh_ND, dweight_VD = torch.empty_like(h_ND), torch.zeros_like(weight_VD)
+        h_ND, weight_VD, targets_N, *kept = ctx.saved_tensors
+        weight_N1 = -grad_N[:, None]
+        dh_ND, weighed_ND = torch.empty_like(h_ND), (h_ND * weight_N1).to(h_ND.dtype)
+        dweight_VD = torch.zeros_like(weight_VD)
         for rows in chunks(len(h_ND), weight_VD):
-            logits = h_ND[rows] @ weight_VD.t()
-            ops.cross_entropy_(logits, targets_N[rows], 1.0)  # leaves softmax − one-hot
-            logits *= -grad_N[rows, None]
-            torch.mm(logits, weight_VD, out=dh_ND[rows])
-            dweight_VD.addmm_(logits.t(), h_ND[rows])
-        return dh_ND, dweight_VD, None
+            slope_NV = kept[0] if kept else h_ND[rows] @ weight_VD.t()
+            if not kept:
+                ops.cross_entropy_(slope_NV, targets_N[rows], 1.0)
+            torch.mm(slope_NV, weight_VD, out=dh_ND[rows])
+            dweight_VD.addmm_(slope_NV.t(), weighed_ND[rows])
+        return (dh_ND * weight_N1).to(h_ND.dtype), dweight_VD, None
 
 
 def log_probs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
