@@ -181,10 +181,14 @@ class Store:
         """Gate, up and down, where they lie now: the same objects as long as the expert is in this slot."""
         known = self._made.get(slot)
         if known is None or known[0] != expert:
-            where = runs(self.experts[expert])
-            gate, up, down = (self._matrix(located, where, slot * self.slot_bytes) for located in self.experts[expert])
-            known = self._made[slot] = (expert, (gate, up, down))
+            known = self._made[slot] = (expert, self.like(expert, slot))
         return known[1]
+
+    def like(self, expert: int, slot: int = 0) -> tuple[Matrix, Matrix, Matrix]:
+        """Its form and sizes; its numbers where it is in this slot, else nothing is known of them."""
+        where = runs(self.experts[expert])
+        gate, up, down = (self._matrix(located, where, slot * self.slot_bytes) for located in self.experts[expert])
+        return gate, up, down
 
     def _matrix(self, m: Located, where: list[Run], base: int) -> Matrix:
         def tensor(e: Entry, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shoal.data.draws import MASK
 from shoal.engine.attend import FEW, Span
 from shoal.engine.cache import Cache
+from shoal.engine.experts import Located
 from shoal.engine.offload import OffloadedExperts, StoredRows
 from shoal.engine.pages import UNIT
 from shoal.engine.request import Token
@@ -34,7 +35,7 @@ from shoal.model.mtp import MTP
 from shoal.model.rope import angles
 from shoal.model.transformer import Transformer
 from shoal.ops import cpu, program
-from shoal.ops.program import Draws, Matrices, Program, Routing, Rows
+from shoal.ops.program import Draws, Matrices, Program, Routing, Rows, Weight
 from shoal.ops.quant import Quantised
 from shoal.precision.weights import QuantisedExperts, QuantisedLinear
 
@@ -66,13 +67,20 @@ def takes(model: Transformer) -> bool:
 
 
 def alike(module: nn.Module) -> bool:
-    """Whether gate and up, with which one multiplies at once, are of one form and group; GGUF files may mix them."""
+    """Whether matrices that meet the same rows are of one form and block, since they share what is made of a row: gate
+    and up, of all experts of a mixture; and their downs. Files may mix them."""
+    if isinstance(module, SwiGLU):
+        return of_one_form([module.gate.weight, module.up.weight])
     if isinstance(module, QuantisedExperts):
-        return all((gate.form, gate.block) == (up.form, up.block) for gate, up in zip(module.gate, module.up))
-    if not isinstance(module, SwiGLU):
-        return True
-    gate, up = ((w.form, w.block) if isinstance(w, Quantised) else None for w in (module.gate.weight, module.up.weight))
-    return gate == up
+        return of_one_form([*module.gate, *module.up]) and of_one_form(module.down)
+    if isinstance(module, OffloadedExperts):
+        gate, up, down = zip(*module.located)
+        return of_one_form([*gate, *up]) and of_one_form(down)
+    return True
+
+
+def of_one_form(matrices: Sequence[Weight | Located]) -> bool:
+    return len({None if isinstance(m, Tensor) else (m.form, m.block) for m in matrices}) == 1
 
 
 def in_few_bits(module: nn.Module) -> Sequence[Quantised]:

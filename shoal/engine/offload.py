@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoal.engine.experts import Job, Matrix, Store, opened, read_into
+from shoal.engine.experts import Expert, Job, Matrix, Store, opened, read_into
 from shoal.model.hf_files import Entry
 from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
@@ -278,9 +278,15 @@ class OffloadedExperts(nn.Module):
         super().__init__()
         self.offload, self.mixture, self.down = offload, mixture, range(offload.E)
 
+    @property
+    def located(self) -> Sequence[Expert]:
+        """Its own, in the files."""
+        first = self.mixture * self.offload.E
+        return self.offload.store.experts[first : first + self.offload.E]
+
     def like(self) -> tuple[Matrix, Matrix, Matrix]:
-        """Matrices of the form and sizes that all of them have; of their numbers nothing is known."""
-        return self.offload.store.matrices(0, 0)
+        """The first one's form and sizes; of its numbers nothing is known."""
+        return self.offload.store.like(self.mixture * self.offload.E)
 
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         ends, rows_MD = counts_E.cumsum(0).tolist(), x_MD.cpu()

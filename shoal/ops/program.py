@@ -91,8 +91,9 @@ class Routing(NamedTuple):
 
 
 class Matrices:
-    """A mixture's experts by where each lies at the moment: gate and up [F, D], down [D, F]. Between runs they may be
-    placed, moved and cleared; while one is busy it must be there."""
+    """A mixture's experts by where each lies at the moment: gate and up [F, D], all of one form and block, down [D, F]
+    likewise (a row is arranged once, whichever it meets). Between runs they may be placed, moved and cleared; while one
+    is busy it must be there."""
 
     def __init__(self, n_experts: int, dim: int, hidden: int):
         self.dim, self.hidden = dim, hidden

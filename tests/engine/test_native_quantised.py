@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.engine import native
 from shoal.engine.attend import Span
 from shoal.engine.cache import Cache
 from shoal.engine.engine import LocalEngine
@@ -20,7 +21,7 @@ from shoal.model.transformer import Transformer
 from shoal.ops import cpu, quant
 from shoal.ops.quant import Form
 from shoal.precision.weights import ABSORBED, QuantisedExperts, QuantisedLinear, replace_leaf
-from tests.engine.models import prompt, request
+from tests.engine.models import ids, prompt, request
 
 pytestmark = pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())
 
@@ -138,3 +139,22 @@ def test_leaves_that_kernels_dont_read_are_not_taken():
     m, _ = built(LATENT, "int8", 32)
     replace_leaf(m, "layers.0.attn.kv_up", [quant.quantise(m.get_parameter("layers.0.attn.kv_up.weight"), "int8", 32)])
     assert not takes(m)
+
+
+@pytest.mark.parametrize("names", [("gate", "up"), ("down",)])
+@pytest.mark.parametrize("form, group", [("int4", 32), ("int8", None)])
+def test_experts_that_differ_in_form_or_group_say_what_modules_say(names, form: Form, group: int | None, monkeypatch):
+    """A row is made ready once for all experts that it meets, so a program takes none but those of one form."""
+    m = in_few_bits(Transformer(LATENT).init_weights(0).set_dtype(torch.bfloat16), "int8", 32)
+    for leaf in m.modules():
+        for name in names if isinstance(leaf, QuantisedExperts) else ():
+            matrices = getattr(leaf, name)
+            others = [quant.quantise(w.dequantise(), form, group or w.shape[1]) for w in matrices[1::2]]
+            setattr(leaf, name, tuple(w for pair in zip(matrices[0::2], others) for w in pair))
+    said = []
+    for runs_natively in (takes, lambda _: False):
+        monkeypatch.setattr(native, "takes", runs_natively)
+        engine = LocalEngine(m, deterministic=True)
+        said.append(ids(*engine.generate([request(prompt(9), 8)])))
+        engine.close()
+    assert said[0] == said[1] and not takes(m)

@@ -50,6 +50,21 @@ def test_tokens_are_those_of_the_resident_model(tmp_path, config, form: str, n_s
     o.store.close()
 
 
+def test_experts_of_several_forms_are_left_to_modules(tmp_path, monkeypatch):
+    kind = stored.form_of
+    monkeypatch.setattr(stored, "form_of", lambda piece, form: "int8" if (piece.expert or 0) % 2 else kind(piece, form))
+    config = replace(WIDE, n_mtp=0)
+    path = stored.write(tmp_path / "m", config, "int4", stored.of(Transformer(config).init_weights(0)))
+    far, o = split.load(split.examine(path, torch.bfloat16), 3, direct=False)
+    engines = [LocalEngine(x, deterministic=True) for x in (weights.load(path), far)]
+    assert not any(isinstance(engine._runner, Native) for engine in engines)
+    near, read = (ids(*engine.generate([request(prompt(9), 6)])) for engine in engines)
+    assert read == near
+    for engine in engines:
+        engine.close()
+    o.store.close()
+
+
 def test_routes_are_told_and_rows_are_cut(tmp_path, monkeypatch):
     config = replace(V3, n_mtp=0)
     path = stored.write(tmp_path / "m", config, "bf16", stored.of(Transformer(config).init_weights(0)))
