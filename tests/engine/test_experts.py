@@ -10,10 +10,12 @@ import torch
 
 from shoal.engine import experts
 from shoal.engine.experts import Job, Located, Run, Store, runs, slot_bytes
+from shoal.engine.offload import Offload, OffloadedExperts
 from shoal.engine.split import examine
 from shoal.errors import StorageError
 from shoal.model.hf_files import Entry
 from shoal.model.transformer import Transformer
+from shoal.ops import quant, quant_tiles
 from shoal.ops.quant import Quantised
 from shoal.precision import weights
 from tests.engine import stored
@@ -60,6 +62,19 @@ def test_neighbours_are_one_read_and_others_are_not():
         Run("b", 0, 4096, 8, 8192),
     ]
     assert slot_bytes([near, far]) == 3 * 4096
+
+
+def test_scales_that_are_widened_are_those_that_were_read(tmp_path):
+    """Not those that stood in the slot when a leaf was first asked what its experts are like."""
+    (tmp_path / "m").write_bytes(bytes([0] * 256 + [128]))  # codes, and 2 in UE8M0
+    codes, scales = Entry("m", quant.FP8, (16, 16), 0, 256), Entry("m", quant_tiles.UE8M0, (1, 1), 256, 257)
+    matrix = Located(codes, scales, "fp8", quant.FP8_BLOCK, (16, 16))
+    store = Store(tmp_path, [(matrix, matrix, matrix)], 1, direct=False)
+    OffloadedExperts(Offload(store, 1, 1), 0).like()
+    fetched(store, 0, 0)
+    gate, *_ = store.matrices(0, 0)
+    assert isinstance(gate, Quantised) and gate.scales.tolist() == [[2.0]]
+    store.close()
 
 
 @pytest.mark.parametrize("direct", [True, False])
