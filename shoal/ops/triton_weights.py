@@ -16,25 +16,32 @@ from torch import Tensor
 
 from shoal.ops.quant import Quantised
 
-STEP = 128  # of K at a time, where groups are no shorter
+STEP, LEAST_STEP = 128, 32  # of K at a time, a power of two that divides groups; int4's halves need 16 each
 FEW = 16  # rows up to which weights are all that counts
 
 
 def takes(x_MK: Tensor, weight: Quantised) -> bool:
-    return x_MK.dim() == 2 and x_MK.stride(1) == 1 and weight.codes.dim() == 2
+    dense = weight.codes.dim() == 2 and weight.codes.is_contiguous()
+    return x_MK.dim() == 2 and x_MK.stride(1) == 1 and dense and step_of(weight) >= LEAST_STEP
+
+
+def step_of(weight: Quantised) -> int:
+    """Whole rows may be groups, and of any length: 10,944 goes by 64."""
+    group = weight.block[1]
+    return min(STEP, group & -group)
 
 
 def linear(x_MK: Tensor, weight: Quantised) -> Tensor:
     """[M, N] in x's dtype."""
     (M, K), (N, _), (rows, group) = x_MK.shape, weight.shape, weight.block
-    y_MN, step = x_MK.new_empty(M, N), min(STEP, group)
-    assert group % step == 0 and weight.codes.is_contiguous(), (weight.block, weight.codes.stride())
+    assert takes(x_MK, weight), (x_MK.shape, x_MK.stride(), weight.block, weight.codes.stride())
+    y_MN = x_MK.new_empty(M, N)
     least = None if weight.least is None else weight.least.contiguous()
     grid = lambda config: (triton.cdiv(M, config["BM"]) * triton.cdiv(N, config["BN"]),)  # noqa: E731
     if M:
         _linear[grid](
             x_MK, x_MK.stride(0), weight.codes, weight.scales.contiguous(), least, y_MN, M, N, K,
-            weight.form, rows, group, step, M <= FEW,
+            weight.form, rows, group, step_of(weight), M <= FEW,
         )  # fmt: skip
     return y_MN
 

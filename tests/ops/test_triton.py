@@ -83,6 +83,20 @@ def test_products_with_weights_in_4_bits(group, zeros):
     against_dequantised(replace(weight, least=least), torch.bfloat16)
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_rows_of_any_length_may_share_a_scale(form):
+    """As the 10,944 of a V2-Lite's dense layer, which is 171 · 64."""
+    against_dequantised(quant.quantise(bf16(40, 3 * 64), form, 3 * 64), torch.bfloat16)
+
+
+@pytest.mark.parametrize("group", [16, 48, 80])
+def test_groups_that_steps_dont_divide_are_not_taken(group: int):
+    x = bf16(2, 240)
+    assert not triton_weights.takes(x, quant.quantise(bf16(16, 240), "int8", group))
+    turned = quant.quantise(bf16(240, 240), "int8", 240)
+    assert not triton_weights.takes(x, replace(turned, codes=turned.codes.T))
+
+
 def weights(form: str) -> Tensor:
     """Ragged where the form's blocks may be."""
     return bf16(100, 200 if form == "fp8" else 256)
