@@ -107,7 +107,7 @@ def takes(x: Tensor, *dims: int) -> bool:
     return fits and _library()[0] is not None
 
 
-def _call(name: str, *args) -> int:
+def call(name: str, *args) -> int:
     """What comes back means something for attention and programs only."""
     lib = _library()[0]
     assert lib is not None
@@ -130,7 +130,7 @@ class RMSNorm(torch.autograd.Function):
         x = x if x.stride(-1) == 1 else x.contiguous()
         T, D = x.shape
         y, rstd = x.new_empty(T, D), torch.empty(T, dtype=torch.float32)
-        _call("rms_norm_forward", x, x.stride(0), weight, y, rstd, T, D, float(eps))
+        call("rms_norm_forward", x, x.stride(0), weight, y, rstd, T, D, float(eps))
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -139,7 +139,7 @@ class RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         (T, D), blocks = x.shape, 2 * torch.get_num_threads()
         dx, parts = x.new_empty(T, D), torch.empty(blocks, D, dtype=torch.float32)
-        _call("rms_norm_backward", x, x.stride(0), weight, rstd, dy.contiguous(), dx, parts, blocks, T, D)
+        call("rms_norm_backward", x, x.stride(0), weight, rstd, dy.contiguous(), dx, parts, blocks, T, D)
         return dx, parts.sum(0), None
 
 
@@ -152,7 +152,7 @@ class SwiGLU(torch.autograd.Function):
         if gate.stride() != up.stride() or gate.stride() not in ((F, 1), (2 * F, 1)):
             gate, up = gate.contiguous(), up.contiguous()
         y = gate.new_empty(T, F)
-        _call("swiglu_forward", gate, up, gate.stride(0), y, T, F)
+        call("swiglu_forward", gate, up, gate.stride(0), y, T, F)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -162,7 +162,7 @@ class SwiGLU(torch.autograd.Function):
         T, F = gate.shape
         both = gate.new_empty(T, 2 * F) if gate.stride(0) == 2 * F else gate.new_empty(2, T, F)
         dgate, dup = both.chunk(2, -1) if both.dim() == 2 else both
-        _call("swiglu_backward", gate, up, gate.stride(0), dy.contiguous(), dgate, dup, T, F)
+        call("swiglu_backward", gate, up, gate.stride(0), dy.contiguous(), dgate, dup, T, F)
         return dgate, dup
 
 
@@ -177,7 +177,7 @@ class GatherRows(torch.autograd.Function):
         (place_TK,) = ctx.saved_tensors
         (T, K), D = place_TK.shape, dy_MD.shape[1]
         dx = dy_MD.new_empty(T, D)
-        _call("sum_rows", dy_MD.contiguous(), place_TK, None, dx, T, K, D)
+        call("sum_rows", dy_MD.contiguous(), place_TK, None, dx, T, K, D)
         return dx, None, None
 
 
@@ -187,7 +187,7 @@ class WeighRows(torch.autograd.Function):
         (T, K), D = place_TK.shape, y_MD.shape[1]
         y_MD, weights_TK = y_MD.contiguous(), weights_TK.contiguous()
         y_TD = y_MD.new_empty(T, D)
-        _call("sum_rows", y_MD, place_TK, weights_TK, y_TD, T, K, D)
+        call("sum_rows", y_MD, place_TK, weights_TK, y_TD, T, K, D)
         ctx.save_for_backward(y_MD, weights_TK, place_TK)
         return y_TD
 
@@ -196,7 +196,7 @@ class WeighRows(torch.autograd.Function):
         y_MD, weights_TK, place_TK = ctx.saved_tensors
         (T, K), D = place_TK.shape, y_MD.shape[1]
         dy_MD, dw_TK = torch.empty_like(y_MD), torch.empty_like(weights_TK)
-        _call("weigh_rows_backward", y_MD, place_TK, weights_TK, dy_TD.contiguous(), dy_MD, dw_TK, T, K, D)
+        call("weigh_rows_backward", y_MD, place_TK, weights_TK, dy_TD.contiguous(), dy_MD, dw_TK, T, K, D)
         return dy_MD, dw_TK, None
 
 
@@ -208,7 +208,7 @@ class Attention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         (T, H, K), (G, V) = q.shape, v.shape[1:]
         o, lse = q.new_empty(T, H, V), torch.empty(T, H, dtype=torch.float32)
-        if _call("attention_forward", q, k, v, o, lse, starts, len(starts) - 1, H, G, K, V, float(scale)):
+        if call("attention_forward", q, k, v, o, lse, starts, len(starts) - 1, H, G, K, V, float(scale)):
             raise MemoryError("no room for attention's tiles")
         ctx.save_for_backward(q, k, v, o, lse, starts)
         ctx.scale = float(scale)
@@ -220,14 +220,14 @@ class Attention(torch.autograd.Function):
         (_, H, K), (G, V) = q.shape, v.shape[1:]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         shape = (len(starts) - 1, H, G, K, V, ctx.scale)
-        if _call("attention_backward", q, k, v, o, lse, d_o.contiguous(), dq, dk, dv, starts, *shape):
+        if call("attention_backward", q, k, v, o, lse, d_o.contiguous(), dq, dk, dv, starts, *shape):
             raise MemoryError("no room for attention's tiles")
         return dq, dk, dv, None, None
 
 
 def run(name: str, code, n: int, step, *more: Tensor | ctypes.Array | int) -> int:
     """`run_program` or `run_steps` of native/program.c, on torch's threads: see program.py."""
-    return _call(name, code, n, step, torch.get_num_threads(), *more)
+    return call(name, code, n, step, torch.get_num_threads(), *more)
 
 
 def takes_draws(logits_RV: Tensor) -> bool:
@@ -244,7 +244,7 @@ def draw(
     (R, V), made = logits_RV.shape, (torch.float32, torch.uint64, torch.int64)
     how = [torch.tensor(x, dtype=dtype) for x, dtype in zip((temperatures, seeds, positions), made, strict=True)]
     tokens_R, logprobs_R = torch.empty(R, dtype=torch.int64), torch.empty(R, dtype=torch.float64)
-    _call("draw_rows", logits_RV, R, V, *how, tokens_R, logprobs_R)
+    call("draw_rows", logits_RV, R, V, *how, tokens_R, logprobs_R)
     return tokens_R.tolist(), logprobs_R.tolist()
 
 
@@ -279,13 +279,13 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor
     largest = int(targets_T.max()) if T else -1
     assert largest < V, f"target {largest} in a vocabulary of {V}"
     nll_T = torch.empty(T, dtype=torch.float32)
-    _call("cross_entropy", logits_TV, targets_T.contiguous(), float(scale), nll_T, T, V)
+    call("cross_entropy", logits_TV, targets_T.contiguous(), float(scale), nll_T, T, V)
     return nll_T
 
 
 def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None, c: AdamW) -> None:
     """See reference.adamw_."""
-    _call("adamw", p, m, v, grad, int(grad.dtype is torch.bfloat16), weight, p.numel(), *map(float, c))
+    call("adamw", p, m, v, grad, int(grad.dtype is torch.bfloat16), weight, p.numel(), *map(float, c))
 
 
 def takes_update(p: Tensor, grad: Tensor, weight: Tensor | None) -> bool:

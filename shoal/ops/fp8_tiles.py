@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops import cpu, dispatch, quant_tiles
-from shoal.ops.cpu import _call
+from shoal.ops.cpu import call
 from shoal.ops.quant import FP8, FP8_BLOCK, Quantised
 from shoal.ops.quant_tiles import E5M6, ROW_TILE, TILE, UE8M0, Scales
 
@@ -49,7 +49,7 @@ def rows(x_MK: Tensor, scales: Scales) -> tuple[Operand, Quantised]:
         kept = quant_tiles.row_tiles(x_MK, scales)
         return kept.dequantise(operand_dtype(scales)), kept
     x_MK, y_MK, (codes, bytes_) = x_MK.contiguous(), torch.empty(x_MK.shape, dtype=x_MK.dtype), _room(x_MK)
-    _call("fp8_rows", x_MK, codes, bytes_, y_MK, *x_MK.shape)
+    call("fp8_rows", x_MK, codes, bytes_, y_MK, *x_MK.shape)
     return y_MK, Quantised("fp8", codes, bytes_, ROW_TILE)
 
 
@@ -60,7 +60,7 @@ def passing_rows(x_MK: Tensor, scales: Scales) -> Operand:
     if not _native(x_MK, scales):
         return quant_tiles.row_tiles(x_MK, scales).dequantise(operand_dtype(scales))
     x_MK, y_MK = x_MK.contiguous(), torch.empty(x_MK.shape, dtype=x_MK.dtype)
-    _call("fp8_rows", x_MK, None, None, y_MK, *x_MK.shape)
+    call("fp8_rows", x_MK, None, None, y_MK, *x_MK.shape)
     return y_MK
 
 
@@ -83,7 +83,7 @@ def kept_rows(x_MK: Tensor, scales: Scales) -> Quantised:
     if not _native(x_MK, scales):
         return quant_tiles.row_tiles(x_MK, scales)
     x_MK, (codes, bytes_) = x_MK.contiguous(), _room(x_MK)
-    _call("fp8_rows", x_MK, codes, bytes_, None, *x_MK.shape)
+    call("fp8_rows", x_MK, codes, bytes_, None, *x_MK.shape)
     return Quantised("fp8", codes, bytes_, ROW_TILE)
 
 
@@ -103,7 +103,7 @@ def columns(x_MK: Tensor, counts_E: Tensor, scales: Scales) -> Operand:
         for at in range(end - count, end, TILE)
     ]
     x_MK, y_MK = x_MK.contiguous(), torch.empty(x_MK.shape, dtype=x_MK.dtype)
-    _call("fp8_columns", x_MK, torch.tensor(spans, dtype=torch.int64), len(spans), y_MK, x_MK.shape[1])
+    call("fp8_columns", x_MK, torch.tensor(spans, dtype=torch.int64), len(spans), y_MK, x_MK.shape[1])
     return y_MK
 
 
@@ -117,7 +117,7 @@ def blocks(weight_ENK: Tensor, scales: Scales) -> Operand:
         return quant_tiles.block_tiles(weight_ENK, scales).dequantise(operand_dtype(scales))
     weight_ENK = weight_ENK.contiguous()
     y_ENK = torch.empty_like(weight_ENK)
-    _call("fp8_blocks", weight_ENK, y_ENK, weight_ENK[..., 0, 0].numel(), *weight_ENK.shape[-2:])
+    call("fp8_blocks", weight_ENK, y_ENK, weight_ENK[..., 0, 0].numel(), *weight_ENK.shape[-2:])
     return y_ENK
 
 
@@ -176,7 +176,7 @@ def e5m6(x_MK: Tensor) -> E5M6:
         return quant_tiles.e5m6(x_MK)
     x_MK, (M, K) = x_MK.contiguous(), x_MK.shape
     codes, bytes_ = torch.empty(M, K // 2 * 3, dtype=torch.uint8), torch.empty(M, -(-K // TILE), dtype=UE8M0)
-    _call("e5m6_encode", x_MK, codes, bytes_, M, K)
+    call("e5m6_encode", x_MK, codes, bytes_, M, K)
     return E5M6(codes, bytes_)
 
 
@@ -188,5 +188,5 @@ def restored(kept: Quantised | E5M6, dtype: torch.dtype) -> Tensor:
     if kept.scales.dtype is not UE8M0 or not cpu.takes(y_MK, K):
         return kept.dequantise(dtype)
     name = "fp8_decode" if isinstance(kept, Quantised) else "e5m6_decode"
-    _call(name, kept.codes, kept.scales.contiguous(), y_MK, M, K)
+    call(name, kept.codes, kept.scales.contiguous(), y_MK, M, K)
     return y_MK
