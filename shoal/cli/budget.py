@@ -101,8 +101,13 @@ def division(
 def divided(
     parts: "Parts", memory: int, cache: int, context: int, process: int, device: str
 ) -> tuple[Division, int, bool]:
+    import torch
+
+    from shoal.precision.weights import leaves
+
     config, here, n = parts.model.config, device == "cpu", len(parts.experts)
-    fixed = {"near": parts.near_bytes, "cache": cache, "buffers": buffer_bytes(config, context)}
+    buffers = buffer_bytes(config, context, bool(leaves(parts.model, parts.stored)), torch.get_num_threads())
+    fixed = {"near": parts.near_bytes, "cache": cache, "buffers": buffers}
     whole = fixed | {"near": parts.near_bytes + parts.embedding_bytes + parts.module_bytes}
     sizes = {"process": process, "expert": parts.slot_bytes, "n_experts": n}
     fits = here and process + sum(whole.values()) + n * parts.slot_bytes <= memory * (1 - MARGIN)

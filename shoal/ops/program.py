@@ -100,6 +100,9 @@ class Matrices:
         self.table = (_Matrix * (3 * n_experts))()
         self._held: list[tuple[Weight, ...]] = [()] * n_experts
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     @classmethod
     def stacked(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> "Matrices":
         E, D, F = down_EDF.shape
@@ -335,12 +338,12 @@ class Program:
         """Of each row's experts, silu(x gateᵀ) · x upᵀ: [most, A · F]."""
         self.mixtures.append(Mixture(self._routed, len(self._code), experts))
         N, K = experts.hidden, experts.dim
-        sizes: dict[str, Any] = {"N": N, "K": K, "A": n_chosen, "stacked": 2, "ys": N}
+        sizes: dict[str, Any] = {"N": N, "K": K, "E": len(experts), "A": n_chosen, "stacked": 2, "ys": N}
         return self._add(Kind.EXPERTS_GATED, x=x, matrices=experts.table, y=self.rows(to, n_chosen * N), **sizes)
 
     def experts_down(self, x: Tensor, experts: Matrices, n_chosen: int, to: str) -> Tensor:
         N, K = experts.dim, experts.hidden
-        sizes: dict[str, Any] = {"N": N, "K": K, "A": n_chosen, "xs": K, "ys": N}
+        sizes: dict[str, Any] = {"N": N, "K": K, "E": len(experts), "A": n_chosen, "xs": K, "ys": N}
         return self._add(Kind.EXPERTS_DOWN, x=x, matrices=experts.table, y=self.rows(to, n_chosen * N), **sizes)
 
     def weigh(self, x: Tensor, shared: Tensor | None, n_chosen: int, onto: Tensor) -> Tensor:

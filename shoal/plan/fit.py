@@ -33,8 +33,8 @@ GPU_PROCESS_BYTES = 600 << 20  # a CUDA context and its libraries
 MARGIN = 0.02  # of a budget stays empty: what malloc keeps, a thread's stack, a long request
 ROWS = 512  # in a call of the engine
 LOGITS_BYTES = 2**25  # of its rows that are drawn from
-PANEL_BYTES = 64 * 2  # a thread's packed weights, a column of a product
-THREADS = 8  # whose rooms are counted
+TILE = 64  # tokens of attention
+THREADS = 8  # whose rooms are counted where nothing is known of them
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,56 @@ def up_parameters(config: ModelConfig) -> int:
     return a.kv_lora_rank * a.n_heads * (a.qk_nope_head_dim + a.v_head_dim) if isinstance(a, MLAConfig) else 0
 
 
-def buffer_bytes(config: ModelConfig, context: int) -> int:
-    """What the engine's calls work in: rows of activations, logits, and each thread's room for attention."""
+def buffer_bytes(config: ModelConfig, context: int, few_bits: bool, threads: int = THREADS) -> int:
+    """What the engine's calls work in: rows of activations, logits, and each thread's room."""
     a, m, d = config.attention, config.moe, config.dim
     if isinstance(a, MLAConfig):
         q, o = a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), a.n_heads * a.v_head_dim
         width = q + o + 2 * (a.q_lora_rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim
-        a_head = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim
     else:
-        width, a_head = 2 * a.head_dim * (a.n_heads + a.n_kv_heads), 2 * a.head_dim
+        width = 2 * a.head_dim * (a.n_heads + a.n_kv_heads)
     width += 4 * d + config.hidden_dim
     if m:
         width += m.n_activated * (m.moe_dim + d) + m.n_shared_experts * m.moe_dim + d + 2 * m.n_routed_experts
-    widest = max(d, config.hidden_dim)
-    a_thread = widest * PANEL_BYTES + context * (2 * a_head + 8 * 4)
-    return ROWS * width * 2 + LOGITS_BYTES + THREADS * a_thread
+    a_thread = attention_room(config, context) + (arranged_room(config) if few_bits else 0)
+    return ROWS * width * 2 + LOGITS_BYTES + threads * a_thread
+
+
+def attention_room(config: ModelConfig, context: int) -> int:
+    """A thread's for panels of weights, and for a chunk's attention with all keys and values of a head: `room_for` in
+    ops/native/program.c."""
+    a, panel = config.attention, panel_room(max(*inputs(config), config.moe.moe_dim if config.moe else 0))
+    if isinstance(a, MLAConfig):
+        K, V, C = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank
+    else:
+        K, V, C = a.head_dim, a.head_dim, a.head_dim
+    tokens = -(-context // TILE) * TILE
+    packed = 2 * (tokens * (K + V) + TILE * max(K, V)) + 4 * TILE * V
+    return max(panel, 2 * (ROWS * K + tokens * (K + V)) + packed + panel_room(C))
+
+
+def panel_room(K: int) -> int:
+    """Of 64 outputs' packed weights, 16 more on their way there, and scales."""
+    return 2 * K * (64 + 16) + 4 * 64 * (-(-K // 32) + 1)
+
+
+def arranged_room(config: ModelConfig) -> int:
+    """A thread's for rows as codes meet them, by dots and by panels: `room_for_arranged`."""
+    m, widest = config.moe, arranged_bytes(max(inputs(config)))
+    return 2 * ROWS * max(widest, m.n_activated * arranged_bytes(m.moe_dim) if m else 0)
+
+
+def arranged_bytes(K: int) -> int:
+    """A row's numbers in 16 bits, and their sums by group."""
+    return 64 + 256 * -(-K // 128) + 64 * -(-K // 512)
+
+
+def inputs(config: ModelConfig) -> list[int]:
+    """Widths of the rows, one a token, that meet matrices."""
+    a, m = config.attention, config.moe
+    of_heads = [a.n_heads * a.v_head_dim, a.q_lora_rank or 0] if isinstance(a, MLAConfig) else [a.n_heads * a.head_dim]
+    dense, shared = 0 if config.is_moe(0) else config.hidden_dim, m.n_shared_experts * m.moe_dim if m else 0
+    return [config.dim, dense, shared, *of_heads]
 
 
 @dataclass(frozen=True)
@@ -203,7 +238,7 @@ class Fit:
 def fit(config: ModelConfig, form: Form, machine: Hardware, context: int, hit_rate: float | None = None) -> Fit:
     """One stream at `context` tokens. `hit_rate` None is the uniform one."""
     w, cache = weights(config, form), context * cache_bytes_per_token(config)
-    buffers = buffer_bytes(config, context)
+    buffers = buffer_bytes(config, context, form != "bf16")
     on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.near + w.embedding + cache + buffers
     all_on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.total + cache + buffers
     if all_on_gpu:

@@ -1,6 +1,7 @@
 """The model as a program with leaves in few bits equals its forward pass with what they stand for."""
 
 from copy import deepcopy
+from ctypes import byref, c_int64
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from shoal.model.moe import Experts
 from shoal.model.transformer import Transformer
 from shoal.ops import cpu, quant
 from shoal.ops.quant import Form
+from shoal.plan import fit
 from shoal.precision.weights import ABSORBED, QuantisedExperts, QuantisedLinear, replace_leaf
 from tests.engine.models import ids, prompt, request
 
@@ -37,6 +39,8 @@ LATENT = ModelConfig(
     init_std=0.1,
 )
 GROUPED = replace(LATENT, attention=GQAConfig(4, 2, 32, bias=True), moe=None, n_mtp=0)
+MOSTLY_EXPERTS = MoEConfig(8, 1, 3, 192, n_dense_layers=0)
+DEEP = replace(LATENT, attention=MLAConfig(4, 128, 16, 16, 64), moe=MOSTLY_EXPERTS)
 FORMS: list[tuple[Form, int]] = [("fp8", 0), ("int8", 32), ("int4", 32)]
 N = 100
 
@@ -128,6 +132,23 @@ def test_streams_say_together_what_each_says_alone():
     together = engine.generate(asked)
     assert [engine.generate([r])[0].tokens for r in asked[::6]] == [r.tokens for r in together[::6]]
     engine.close()
+
+
+@pytest.mark.parametrize("few_bits", [True, False])
+@pytest.mark.parametrize("config", [LATENT, GROUPED, DEEP], ids=["latent", "grouped", "deep"])
+def test_a_threads_room_is_the_one_that_is_planned(config: ModelConfig, few_bits: bool):
+    """Of a chunk as long as calls may be; rows of weights in bf16 need none to be arranged in."""
+    config = replace(config, n_mtp=0)
+    m = Transformer(config).init_weights(0).set_dtype(torch.bfloat16)
+    cache = Cache(config, config.n_layers, 8, torch.bfloat16, torch.device("cpu"))
+    runner = Native(in_few_bits(m, "int4", 32) if few_bits else m, cache)
+    (rows,) = runner._parts(prompt(fit.ROWS), [Span(0, fit.ROWS, list(range(8)))])
+    code, n, step = runner._body._whole(), runner._before_head, runner._body._step
+    held, longest = runner._body._bring(rows), fit.ROWS
+    assert cpu.call("room_for", code, n, byref(step), longest) == fit.attention_room(config, longest)
+    arranged = cpu.call("room_for_arranged", code, n, byref(step), byref(c_int64()))
+    assert arranged == (fit.arranged_room(config) if few_bits else 0)
+    del held
 
 
 def test_leaves_that_kernels_dont_read_are_not_taken():

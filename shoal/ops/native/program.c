@@ -278,8 +278,9 @@ static void meet(_Atomic i64 *arrived, i64 threads) {
             sched_yield();
 }
 
-/* Bytes that panels and attention need on a thread, for tokens as far as `longest`. */
-static i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) {
+/* Bytes that panels and attention need on a thread, for tokens as far as `longest`: plan/fit.py foretells them, and
+ * those below. */
+i64 room_for(const Instruction *code, i64 n, const Step *s, i64 longest) {
     i64 bytes = TOGETHER * longest * sizeof(float);
     for (const Instruction *c = code; s->chunks && c < code + n; c++) {
         i64 panel = c->K * (PANEL + BLOCK) * sizeof(bf16) + (ceil_div(c->K, 32) + 1) * PANEL * sizeof(float);
@@ -298,11 +299,18 @@ static i64 rows_of_x(const Instruction *c, const Step *s) {
     return KINDS[c->kind] == experts_down ? s->T * c->A : s->T;
 }
 
+/* Whether a product's matrices are in bf16, whose rows of x are met as they are. A mixture's experts are of one form. */
+static int is_plain(const Instruction *c) {
+    const Matrix *w = c->matrices + (KINDS[c->kind] == experts_down ? 2 : 0), *end = w + 3 * c->E;
+    while (w + 3 < end && !w->codes) w += 3;
+    return w->form == PLAIN;
+}
+
 /* Bytes that a product's rows of x need on a thread, as codes meet them in either way; `rows` becomes the most. */
-static i64 room_for_arranged(const Instruction *code, i64 n, const Step *s, i64 *rows) {
+i64 room_for_arranged(const Instruction *code, i64 n, const Step *s, i64 *rows) {
     i64 most = *rows = 0;
     for (const Instruction *c = code; c < code + n; c++) {
-        if (!c->matrices) continue;
+        if (!c->matrices || is_plain(c)) continue;
         i64 these = 2 * rows_of_x(c, s), bytes = these * arranged_bytes(c->K);
         most = bytes > most ? bytes : most;
         *rows = these > *rows ? these : *rows;
