@@ -192,7 +192,8 @@ def paged_latent_attention(
     if q_THW.is_cuda and triton_kernels():
         from shoal.ops import triton_latent
 
-        return triton_latent.paged_latent_attention(q_THW, latent_PUW, table_TP, seen_T, C, scale)
+        if triton_latent.takes(latent_PUW, table_TP):
+            return triton_latent.paged_latent_attention(q_THW, latent_PUW, table_TP, seen_T, C, scale)
     rows = _gathered_together(table_TP, latent_PUW[0].numel())
     parts = zip(q_THW.split(rows), table_TP.split(rows), seen_T.split(rows))
     return torch.cat(

@@ -38,12 +38,17 @@ def paged_latent_attention(
     q_THW = q_THW.to(latent_PUW.dtype).contiguous()
     part_TSHC, lse_TSH = (q_THW.new_empty(T, S, H, n, dtype=torch.float32) for n in (C, 1))
     C2, R2 = (max(16, triton.next_power_of_2(n)) for n in (C, W - C))
-    _attend[(triton.cdiv(H, A), S, T)](
+    _attend[(triton.cdiv(H, A) * T, S)](
         q_THW, latent_PUW, table_TP, table_TP.stride(0), seen_T, part_TSHC, lse_TSH, H, scale * LOG2_E,
         C, W - C, U, A, C2, R2, table_TP.shape[1] > LONG,
     )  # fmt: skip
-    _merge[(H, T)](part_TSHC, lse_TSH, o_THC, H, S, triton.next_power_of_2(S), C, C2)
+    _merge[(T * H,)](part_TSHC, lse_TSH, o_THC, H, S, C, C2)
     return o_THC
+
+
+def takes(latent_PUW: Tensor, table_TP: Tensor) -> bool:
+    """16 bits: in fp32, V3's queries and rows of its cache have no room in the shared memory of a 4090."""
+    return latent_PUW.dtype.itemsize == 2 and latent_PUW.is_contiguous() and table_TP.stride(1) == 1
 
 
 def heads_at_once(H: int, device: torch.device) -> int:
@@ -83,8 +88,9 @@ def _attend(
     A: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr, FAR: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """A heads of one token over one split of its context. `scale` is for powers of two."""
-    split, S, t = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
-    h, c, r = tl.program_id(0) * A + tl.arange(0, A), tl.arange(0, C2), tl.arange(0, R2)
+    split, S, tiles = tl.program_id(1), tl.num_programs(1), tl.cdiv(H, A)
+    t, h = tl.program_id(0) // tiles, tl.program_id(0) % tiles * A + tl.arange(0, A)
+    c, r = tl.arange(0, C2), tl.arange(0, R2)
     q += (t.to(tl.int64) * H + h)[:, None] * (C + R)
     q_c = tl.load(q + c[None, :], mask=(h < H)[:, None] & (c < C)[None, :], other=0.0)
     q_r = tl.load(q + C + r[None, :], mask=(h < H)[:, None] & (r < R)[None, :], other=0.0)
@@ -113,12 +119,17 @@ def _attend(
 
 
 @triton.jit
-def _merge(part, lse, o, H, S, S2: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
-    """One head of one token: splits weighed by what their softmaxes summed to."""
-    h, t, s, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, S2), tl.arange(0, C2)
-    where = (t * S + s) * H + h
-    weight = tl.load(lse + where, mask=s < S, other=-float("inf"))
-    weight = tl.exp2(weight - tl.max(weight, 0))
-    parts = tl.load(part + where[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
-    total = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(o + (t * H + h) * C + c, total.to(o.dtype.element_ty), mask=c < C)
+def _merge(part, lse, o, H, S, C: tl.constexpr, C2: tl.constexpr, S2: tl.constexpr = 16):
+    """One head of one token: splits weighed by what their softmaxes summed to, as many at a time as registers hold."""
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, C2)
+    t, h = row // H, row % H
+    most, norm, total = -float("inf"), 0.0, tl.zeros((C2,), tl.float32)
+    for first in range(0, S, S2):
+        s = first + tl.arange(0, S2)
+        where = (t * S + s) * H + h
+        sums = tl.load(lse + where, mask=s < S, other=-float("inf"))
+        highest = tl.maximum(most, tl.max(sums, 0))
+        weight, fade = tl.exp2(sums - highest), tl.exp2(most - highest)
+        parts = tl.load(part + where[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
+        total, norm, most = total * fade + tl.sum(parts * weight[:, None], 0), norm * fade + tl.sum(weight, 0), highest
+    tl.store(o + row * C + c, (total / norm).to(o.dtype.element_ty), mask=c < C)

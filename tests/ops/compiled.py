@@ -1,4 +1,4 @@
-"""Compile the tuned kernels for a chip that needn't be here, and print one JSON line for each tile size.
+"""Compile the kernels for a chip that needn't be here, and print one JSON line for each of their tile sizes.
 
     python -m tests.ops.compiled 90        (90: H100, H200; 89: RTX 4090; 86: RTX 3090)
 
@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shoal.ops import triton_gemm, triton_latent, triton_weights
+from shoal.ops import triton_experts, triton_gemm, triton_latent, triton_quant, triton_weights
 
 HEADS = {90: 64, 89: 32}  # triton_latent.heads_at_once on these chips
 FP8, BYTE, F32, BF16, LONG, INT = "*fp8e4nv", "*u8", "*fp32", "*bf16", "*i64", "i32"
@@ -30,6 +30,8 @@ def main() -> None:
         for config in triton_latent._fitting(tuner.configs, constants) if latent else tuner.configs:
             described = {"kernel": name, **config.kwargs, "warps": config.num_warps, "stages": config.num_stages}
             print(json.dumps(described | built(tuner.fn, chip, types, constants | config.kwargs, config)), flush=True)
+    for name, kernel, types, constants in untuned(chip):
+        print(json.dumps({"kernel": name} | built(kernel, chip, types, constants, triton.Config({}))), flush=True)
 
 
 def kernels(chip: int) -> Iterator[tuple]:
@@ -55,6 +57,31 @@ def kernels(chip: int) -> Iterator[tuple]:
     attend |= {"part": F32, "lse": F32, "H": INT, "scale": "fp32"}
     shape = {"C": 512, "R": 64, "U": 64, "A": HEADS[chip], "C2": 512, "R2": 64, "FAR": True}
     yield "latent attention", triton_latent._attend, attend, shape
+
+
+def untuned(chip: int) -> Iterator[tuple]:
+    """The same of those that have one size."""
+    rows = {"D": INT, "place": LONG}
+    across = {"K": 8, "WIDTH": triton_experts.WIDTH}
+    yield "gather", triton_experts._gather, rows | {"x": BF16, "y": BF16}, across
+    weighed = rows | {"y": BF16, "weights": F32, "out": BF16}
+    yield "weigh", triton_experts._sum, weighed, across
+    yield "ungather", triton_experts._sum, weighed, across | {"weights": None}
+    back = {"dy": BF16, "weights": F32, "dy_rows": BF16, "dweights": F32}
+    yield "unweigh", triton_experts._unweigh, rows | back | {"y": BF16}, across
+    merged = {"part": F32, "lse": F32, "o": BF16, "H": INT, "S": INT}
+    yield "merge", triton_latent._merge, merged, {"C": 512, "C2": 512}
+    for scales in (F32, BYTE) if chip >= 89 else ():
+        made = {"codes": FP8, "scales": scales, "T": INT, "K": INT}
+        tile, kind = {"ROWS": triton_quant.ROWS, "TILE": 128}, "fp32" if scales == F32 else "ue8m0"
+        yield f"rows, {kind}", triton_quant._rows, made | {"x": BF16, "stride": INT}, tile
+        both = {"gate": BF16, "up": BF16, "gate_stride": INT, "up_stride": INT}
+        yield f"swiglu, {kind}", triton_quant._swiglu, made | both, tile
+        norm = made | {"x": BF16, "stride": INT, "weight": F32, "eps": "fp32"}
+        yield f"norm, {kind}", triton_quant._rms_norm, norm, {"B2": 64, "TILE": 128}
+        yield f"blocks, {kind}", triton_quant._blocks, made | {"weight": BF16, "N": INT}, {"TILE": 128}
+        columns = made | {"x": BF16, "stride": INT, "counts": LONG, "S": INT}
+        yield f"columns, {kind}", triton_quant._columns, columns, {"E": 256, "E2": 256, "TILE": 128}
 
 
 def built(kernel, chip: int, types: dict, constants: dict, config) -> dict:

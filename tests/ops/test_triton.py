@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures(hardware_numbers.__name__)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("H, C, R, splits", [(5, 48, 16, 1), (20, 32, 8, 3)])
+@pytest.mark.parametrize("H, C, R, splits", [(5, 48, 16, 1), (20, 32, 8, 3), (16, 16, 16, 40)])
 def test_latent_attention_over_ragged_pages(H, C, R, splits, dtype, tolerance):
     """Against the reference in fp32: bf16 rounds probabilities before they weigh, and the result."""
     seen_T = torch.tensor([1, 64, 200], device=DEVICE)
@@ -27,6 +27,13 @@ def test_latent_attention_over_ragged_pages(H, C, R, splits, dtype, tolerance):
     o = triton_latent.paged_latent_attention(q, latent, table_TP, seen_T, C, 0.3, splits)
     expected = reference.paged_latent_attention(q.float(), latent.float(), table_TP, seen_T, C, 0.3)
     assert o.dtype is dtype and relative_error(o, expected) < tolerance
+
+
+def test_wide_latents_are_left_to_torch():
+    latent, table = torch.zeros(3, 64, 64, device=DEVICE), torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    assert triton_latent.takes(latent.bfloat16(), table) and triton_latent.takes(latent.half(), table)
+    assert not triton_latent.takes(latent, table) and not triton_latent.takes(latent.bfloat16(), table.T)
+    assert not triton_latent.takes(latent.bfloat16()[:, :, :32], table)
 
 
 @pytest.mark.gpu
