@@ -8,11 +8,15 @@ contexts, in GB/s of cache: against copying memory. Few rows against weights in 
 norm and SwiGLU, likewise and without a limit.
 
 Everything is compiled and tuned on first use, and held against its reference before it is timed; the sides of a ratio
-are timed in turns, by the GPU's events, its cache flushed in between. Without a GPU nothing is measured.
+are timed in turns, by the GPU's events, its cache flushed in between. What fails is named, and the others are measured
+all the same: GPUs are lent for minutes. Without one nothing is measured.
 """
 
 import argparse
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -38,6 +42,7 @@ FORMS: tuple[quant.Form, ...] = ("fp8", "int8", "int4")
 FEW = 1, 16  # rows that meet weights in these forms
 OF_LIBRARY, OF_BF16, OF_MEMORY = 0.8, 1.3, 0.7
 ERROR = 4e-3  # of a result in bf16, after sums in a tensor core's 14 bits or with weights in bf16
+ERROR_OF_8_BITS = 0.04  # a number is off by 1/16 of itself at most, 1/40 as things go
 
 
 class Row(NamedTuple):
@@ -56,12 +61,45 @@ def main() -> None:
     if (lack := lacking()) is not None:
         raise SystemExit(f"bench.kernels measured nothing and recorded nothing: {lack}")
     torch.manual_seed(0)
-    rounds, shapes = (3, SHAPES[-2:]) if quick else (7, SHAPES)
-    rows = [row for N, K in shapes for row in dense(N, K, rounds)]
-    rows += backward(*SHAPES[-1], rounds)
-    rows += [row for N, K in EXPERT_SHAPES for row in grouped(N, K, rounds)]
-    rows += [row for name, H in HEADS.items() for row in attention(name, H, rounds)]
-    rows += [streamed(form, M, rounds) for form in FORMS for M in FEW] + fused(rounds)
+    rows, failed = measured(parts(3, SHAPES[-2:]) if quick else parts(7, SHAPES))
+    if rows:
+        record(rows, failed)
+    if failed:
+        raise SystemExit(f"bench.kernels: {len(failed)} parts failed: {', '.join(failed)}")
+
+
+def parts(rounds: int, shapes: Sequence[tuple[int, int]]) -> list[partial[list[Row]]]:
+    """What is measured, each by itself."""
+    return [
+        *(partial(dense, N, K, rounds) for N, K in shapes),
+        partial(backward, *SHAPES[-1], rounds),
+        *(partial(grouped, N, K, rounds) for N, K in EXPERT_SHAPES),
+        *(partial(attention, name, H, rounds) for name, H in HEADS.items()),
+        *(partial(streamed, form, M, rounds) for form in FORMS for M in FEW),
+        partial(normed, rounds),
+        partial(gated, rounds),
+    ]
+
+
+def measured(each: Sequence[partial[list[Row]]]) -> tuple[list[Row], dict[str, str]]:
+    """The rows of all parts, told as they come, and by part why one has none."""
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for part in each:
+        name, began = " ".join(map(str, (part.func.__name__, *part.args[:-1]))), time.perf_counter()
+        try:
+            made = part()
+        except Exception as e:  # whatever it is, it mustn't cost the others their turn on a GPU
+            traceback.print_exc()
+            failed[name], made = f"{type(e).__name__}: {e}"[:300], []
+        for row in made:
+            print(f"{row.name}, against {row.against}: {row.ratio.median:.3f}", flush=True)
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+        rows += made
+    return rows, failed
+
+
+def record(rows: Sequence[Row], failed: dict[str, str]) -> None:
     cells = [[r.name, r.against, r.ours, r.peer, r.ratio.median, *r.ratio.spread, r.limit] for r in rows]
     show(["kernel", "against", "ours", "peer", "ratio", "least", "most", "limit"], cells)
     emit(
@@ -75,6 +113,7 @@ def main() -> None:
         unit="TFLOP/s against products, GB/s against memory",
         chip=torch.cuda.get_device_name(),
         tiles=chosen(),
+        failed=failed,
     )
 
 
@@ -152,14 +191,14 @@ def attention(name: str, H: int, rounds: int) -> list[Row]:
     table_TP = torch.randperm(STREAMS * pages, device=DEVICE).view(STREAMS, pages)
     latent_PUW, q_THW = random(STREAMS * pages, UNIT, C + R), random(STREAMS, H, C + R)
     ours = lambda: triton_latent.paged_latent_attention(q_THW, latent_PUW, table_TP, seen_T, C, 0.1)  # noqa: E731
-    alone = [(q_THW[t : t + 1], latent_PUW, table_TP[t : t + 1], seen_T[t : t + 1]) for t in range(STREAMS)]
+    alone = [(q_THW[t : t + 1].float(), latent_PUW, table_TP[t : t + 1], seen_T[t : t + 1]) for t in range(STREAMS)]
     expected = [reference.paged_latent_attention(*one, C, 0.1) for one in alone]  # all at once need 4 GB and more
     agree(ours(), torch.cat(expected), ERROR)
     read = int(seen_T.sum()) * (C + R) * 2
     return [against_memory(f"{name}'s attention, {STREAMS} streams at {CONTEXT}", ours, read, rounds, OF_MEMORY)]
 
 
-def streamed(form: quant.Form, M: int, rounds: int) -> Row:
+def streamed(form: quant.Form, M: int, rounds: int) -> list[Row]:
     """Few rows against a weight of a dense layer, kept in few bits: what decoding waits for."""
     from shoal.ops import triton_weights
 
@@ -167,26 +206,30 @@ def streamed(form: quant.Form, M: int, rounds: int) -> Row:
     x, weight = random(M, K), quant.quantise(random(N, K), form)
     ours = lambda: triton_weights.linear(x, weight)  # noqa: E731
     agree(ours(), quant.linear(x, weight), ERROR)
-    return against_memory(f"{form} weights {N} × {K}, {M} rows", ours, weight.nbytes, rounds, None)
+    return [against_memory(f"{form} weights {N} × {K}, {M} rows", ours, weight.nbytes, rounds, None)]
 
 
-def fused(rounds: int) -> list[Row]:
-    """The norm before attention and the SwiGLU of the shared expert, each with the tiles of its result."""
+def normed(rounds: int) -> list[Row]:
+    """The norm before attention, with the tiles of its result."""
     from shoal.ops import triton_quant
 
-    D, hidden, T = 7168, 2048, 4 * TOKENS
-    x, weight, both = random(T, D), torch.ones(D, device=DEVICE), random(T, 2 * hidden)
-    norm = lambda: triton_quant.rms_norm(x, weight, 1e-6, "fp32")  # noqa: E731
+    x, weight = random(4 * TOKENS, SHAPES[-2][1]), torch.ones(SHAPES[-2][1], device=DEVICE)
+    ours = lambda: triton_quant.rms_norm(x, weight, 1e-6, "fp32")  # noqa: E731
+    (y, tiles), expected = ours(), reference.rms_norm(x.float(), weight, 1e-6)
+    agree(y, expected, ERROR)
+    agree(tiles.dequantise(), expected, ERROR_OF_8_BITS)
+    return [against_memory("norm and tiles", ours, x.nbytes + y.nbytes + tiles.nbytes, rounds, None)]
+
+
+def gated(rounds: int) -> list[Row]:
+    """The tiles of the shared expert's SwiGLU."""
+    from shoal.ops import triton_quant
+
+    both = random(4 * TOKENS, 2 * SHAPES[-1][1])
     gate, up = both.chunk(2, -1)
-    swiglu = lambda: triton_quant.swiglu(gate, up, "fp32")  # noqa: E731
-    # an 8-bit number is off by 1/16 of itself at most, 1/40 as things go
-    agree(norm().dequantise(), reference.rms_norm(x.float(), weight, 1e-6), 0.04)
-    agree(swiglu().dequantise(), reference.swiglu(gate.float(), up.float()), 0.04)
-    moved = lambda read, made: read.nbytes + made.nbytes  # noqa: E731
-    return [
-        against_memory("norm and tiles", norm, moved(x, norm()), rounds, None),
-        against_memory("SwiGLU and tiles", swiglu, moved(both, swiglu()), rounds, None),
-    ]
+    ours = lambda: triton_quant.swiglu(gate, up, "fp32")  # noqa: E731
+    agree(ours().dequantise(), reference.swiglu(gate.float(), up.float()), ERROR_OF_8_BITS)
+    return [against_memory("SwiGLU and tiles", ours, both.nbytes + ours().nbytes, rounds, None)]
 
 
 def against_memory(name: str, ours: Callable, nbytes: int, rounds: int, limit: float | None) -> Row:
@@ -228,9 +271,10 @@ def agree(y: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def chosen() -> dict[str, str]:
     """The tiles that tuning chose, by kernel and shape."""
-    from shoal.ops import triton_gemm, triton_latent
+    from shoal.ops import triton_gemm, triton_latent, triton_weights
 
     tuners = {"linear": triton_gemm._linear, "gradient": triton_gemm._gradient, "latent": triton_latent._attend}
+    tuners["few bits"] = triton_weights._linear
     return {f"{name} {key}": str(best) for name, tuner in tuners.items() for key, best in tuner.cache.items()}
 
 
