@@ -64,6 +64,13 @@ def passing_rows(x_MK: Tensor, scales: Scales) -> Operand:
     return y_MK
 
 
+def normed_rows(x_MK: Tensor, weight_K: Tensor, eps: float, scales: Scales) -> tuple[Tensor, Quantised]:
+    """x / rms(x) · weight, and `kept_rows` of it, in one reading of x: on a GPU (`on_gpu`)."""
+    from shoal.ops import triton_quant
+
+    return triton_quant.rms_norm(x_MK if x_MK.stride(1) == 1 else x_MK.contiguous(), weight_K, eps, scales)
+
+
 def swiglu_rows(gate_up_M2F: Tensor, scales: Scales) -> Operand:
     """`passing_rows` of silu(gate) · up, gate and up being halves of a row."""
     gate_MF, up_MF = gate_up_M2F.chunk(2, -1)
@@ -132,6 +139,9 @@ def stacked(weights: Sequence[Tensor], E: int, scales: Scales) -> Operand:
     if len(tiled) < len(made) or not (alone or all(w.shape[-2] % TILE == 0 for w in weights)):
         wide = [plain(part).view(E, -1, K) for part in made]
         return wide[0] if len(wide) == 1 else torch.cat(wide, 1)
+    if len(tiled) == 1:
+        codes, kept = (x.view(E, -1, x.shape[-1]) for x in (tiled[0].codes, tiled[0].scales))
+        return Quantised("fp8", codes, kept, FP8_BLOCK)
     codes, kept = ([getattr(part, name) for part in tiled] for name in ("codes", "scales"))
     codes, kept = (torch.cat([x.view(E, -1, x.shape[-1]) for x in parts], 1) for parts in (codes, kept))
     return Quantised("fp8", codes, kept, FP8_BLOCK)

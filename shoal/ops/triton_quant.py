@@ -5,9 +5,9 @@
     blocks    128 × 128 of a weight [.., N, K]                                          `blocks`
 
 What is fused is rounded as if it were not, to the input's dtype and then to 8 bits: the numbers are the same, but the
-tensor in between is neither written nor read. Codes lie along the dimension that a product will sum over (Hopper
-multiplies 8-bit numbers no other way), scales along the other one, so that neighbouring threads of a product read
-neighbouring scales.
+tensor in between is not read again; nor is SwiGLU's written, while routers want normed rows as they are.
+Codes lie along the dimension that a product will sum over (Hopper multiplies 8-bit numbers no other way), scales along
+the other one, so that neighbouring threads of a product read neighbouring scales.
 
 Shapes: T tokens, K width, N outputs, B = ⌈K / 128⌉; M rows of E experts, each expert's in one run; S slots of rows.
 """
@@ -41,13 +41,13 @@ def swiglu(gate_TK: Tensor, up_TK: Tensor, scales: Scales) -> Quantised:
     return made
 
 
-def rms_norm(x_TK: Tensor, weight_K: Tensor, eps: float, scales: Scales) -> Quantised:
-    """The tiles of x / rms(x) · weight. One program a row, which it keeps in registers: K up to some 16,384."""
-    (T, K), made = x_TK.shape, _room(x_TK, scales)
+def rms_norm(x_TK: Tensor, weight_K: Tensor, eps: float, scales: Scales) -> tuple[Tensor, Quantised]:
+    """x / rms(x) · weight, and its tiles. One program a row, which it keeps in registers: K up to some 16,384."""
+    (T, K), y_TK, made = x_TK.shape, x_TK.new_empty(x_TK.shape), _room(x_TK, scales)
     B2 = triton.next_power_of_2(triton.cdiv(K, TILE))
     if T:
-        _rms_norm[(T,)](x_TK, x_TK.stride(0), weight_K, *_parts(made), T, K, eps, B2, TILE)
-    return made
+        _rms_norm[(T,)](x_TK, x_TK.stride(0), weight_K, y_TK, *_parts(made), T, K, eps, B2, TILE)
+    return y_TK, made
 
 
 def blocks(weight: Tensor, scales: Scales) -> Quantised:
@@ -170,14 +170,16 @@ def _swiglu(gate, up, gate_stride, up_stride, codes, scales, T, K, ROWS: tl.cons
 
 
 @triton.jit
-def _rms_norm(x, stride, weight, codes, scales, T, K, eps, B2: tl.constexpr, TILE: tl.constexpr):
+def _rms_norm(x, stride, weight, y, codes, scales, T, K, eps, B2: tl.constexpr, TILE: tl.constexpr):
     """One row, as B2 tiles of TILE."""
     t, b = tl.program_id(0).to(tl.int64), tl.arange(0, B2)
     k = b[:, None] * TILE + tl.arange(0, TILE)[None, :]
     values = tl.load(x + t * stride + k, mask=k < K, other=0.0).to(tl.float32)
     root = tl.sqrt_rn(tl.sum(tl.sum(values * values, 1), 0) / K + eps)
     values = values / root * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
-    made, scale = scaled(values.to(x.dtype.element_ty).to(tl.float32), 1, scales.dtype.element_ty)
+    normed = values.to(x.dtype.element_ty)
+    made, scale = scaled(normed.to(tl.float32), 1, scales.dtype.element_ty)
+    tl.store(y + t * K + k, normed, mask=k < K)
     tl.store(codes + t * K + k, made.to(tl.float8e4nv), mask=k < K)
     tl.store(scales + b.to(tl.int64) * T + t, scale, mask=b * TILE < K)
 

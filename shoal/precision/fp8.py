@@ -19,7 +19,7 @@ Shapes: M rows (tokens, or rows sorted by expert), K inputs, N outputs, F hidden
 import torch
 from torch import Tensor, nn
 
-from shoal.model.layers import Linear, SwiGLU
+from shoal.model.layers import Linear, RMSNorm, SwiGLU
 from shoal.model.moe import Experts
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
@@ -31,6 +31,7 @@ from shoal.precision import policy
 
 NOTE = "fp8      operands of 8 bits, multiplied in wider arithmetic: the numerics of 8-bit training, not its speed"
 REMEMBERED = "_row_tiles"  # attribute of a tensor that several leaves read
+BEFORE_LEAVES = ("attn_norm", "q_norm", "kv_norm", "ffn_norm")  # norms whose rows are multiplied in 8 bits
 
 
 class _Product(torch.autograd.Function):
@@ -104,6 +105,43 @@ def _row_tiles(x_MK: Tensor, scales: Scales) -> tuple[Operand, Quantised]:
     return made
 
 
+class _Norm(torch.autograd.Function):
+    """x / rms(x) · weight, and the codes and scales of its tiles; made again from x in backward."""
+
+    @staticmethod
+    def forward(ctx, x_MK: Tensor, weight_K: Tensor, eps: float, scales: Scales):
+        ctx.save_for_backward(x_MK, weight_K)
+        ctx.eps = eps
+        y_MK, tiles = fp8_tiles.normed_rows(x_MK, weight_K, eps, scales)
+        ctx.mark_non_differentiable(tiles.codes, tiles.scales)
+        return y_MK, tiles.codes, tiles.scales
+
+    @staticmethod
+    def backward(ctx, dy_MK: Tensor, *_):
+        x_MK, weight_K = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            y_MK = ops.rms_norm(x_MK, weight_K, ctx.eps)
+        return *torch.autograd.grad(y_MK, (x_MK, weight_K), dy_MK), None, None
+
+
+class Fp8Norm(RMSNorm):
+    """`RMSNorm` before leaves in 8 bits. On a GPU it makes the tiles that they will ask for, as long as it has the rows
+    in registers; elsewhere they are made when they are asked for."""
+
+    def __init__(self, leaf: RMSNorm, scales: Scales):
+        nn.Module.__init__(self)
+        self.weight, self.eps = leaf.weight, leaf.eps
+        self.scales: Scales = scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_inference_mode_enabled() or not fp8_tiles.on_gpu(x):
+            return super().forward(x)
+        y, codes, kept = _Norm.apply(x, self.weight, self.eps, self.scales)  # type: ignore[misc]
+        tiles = Quantised("fp8", codes, kept, ROW_TILE)
+        setattr(y, REMEMBERED, (y._version, (tiles, tiles)))
+        return y
+
+
 class Fp8Linear(Linear):
     def __init__(self, leaf: Linear, scales: Scales, kept: str):
         nn.Module.__init__(self)
@@ -156,7 +194,7 @@ def swap(model: Transformer, scales: Scales = "ue8m0") -> Transformer:
 def restore(model: Transformer) -> Transformer:
     """Take them out again: the model computes in its dtype, as it will wherever its checkpoint is opened."""
     for name, module in list(model.named_modules()):
-        plain = next((kind for kind in (Linear, SwiGLU, Experts) if type(module).__base__ is kind), None)
+        plain = next((kind for kind in (Linear, SwiGLU, Experts, RMSNorm) if type(module).__base__ is kind), None)
         if plain:
             leaf = plain.__new__(plain)
             leaf.__dict__.update(module.__dict__)
@@ -175,6 +213,8 @@ def _leaf(name: str, module: nn.Module, scales: Scales) -> nn.Module | None:
         return Fp8Experts(module, scales)
     if isinstance(module, SwiGLU):
         return Fp8SwiGLU(module, scales)
+    if isinstance(module, RMSNorm) and name.endswith(BEFORE_LEAVES):
+        return Fp8Norm(module, scales)
     if isinstance(module, Linear) and (row := policy.of(f"{name}.weight")).precision == "fp8":
         return Fp8Linear(module, scales, row.kept)
     return None

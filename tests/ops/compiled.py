@@ -77,7 +77,7 @@ def untuned(chip: int) -> Iterator[tuple]:
         yield f"rows, {kind}", triton_quant._rows, made | {"x": BF16, "stride": INT}, tile
         both = {"gate": BF16, "up": BF16, "gate_stride": INT, "up_stride": INT}
         yield f"swiglu, {kind}", triton_quant._swiglu, made | both, tile
-        norm = made | {"x": BF16, "stride": INT, "weight": F32, "eps": "fp32"}
+        norm = made | {"x": BF16, "stride": INT, "weight": F32, "y": BF16, "eps": "fp32"}
         yield f"norm, {kind}", triton_quant._rms_norm, norm, {"B2": 64, "TILE": 128}
         yield f"blocks, {kind}", triton_quant._blocks, made | {"weight": BF16, "N": INT}, {"TILE": 128}
         columns = made | {"x": BF16, "stride": INT, "counts": LONG, "S": INT}

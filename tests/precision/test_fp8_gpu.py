@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from tests.ops.interpreted import DEVICE, hardware_numbers, relative_error  # isort: skip  (before any kernel)
 
-from shoal.model.layers import Linear, SwiGLU
+from shoal.model.layers import Linear, RMSNorm, SwiGLU
 from shoal.model.moe import Experts
 from shoal.ops import fp8_tiles, triton_gemm
-from shoal.precision.fp8 import Fp8Experts, Fp8Linear, Fp8SwiGLU
+from shoal.precision.fp8 import Fp8Experts, Fp8Linear, Fp8Norm, Fp8SwiGLU
 
 pytestmark = pytest.mark.usefixtures(hardware_numbers.__name__)
 BITS = 5e-3  # bf16's rounding of results, and the few codes that it moves behind them
@@ -56,6 +56,25 @@ def test_linear(scales, kept, products, monkeypatch):
     assert products == ["linear", "linear", "gradient"]
 
 
+def test_a_norm_makes_the_tiles_that_leaves_ask_for(products, monkeypatch):
+    """From rows of a wider tensor, as the latents' norm reads them; of other rows they make their own."""
+    norm, leaf = Fp8Norm(filled(RMSNorm(144, 1e-6)), "ue8m0"), Fp8Linear(filled(Linear(144, 48)), "ue8m0", "fp8")  # type: ignore[arg-type]
+    both_ways(nn.Sequential(Columns(), norm, leaf), drawn(20, 160, seed=3), monkeypatch)
+    assert products == ["linear", "linear", "gradient"]
+    rows, kept_rows = [], fp8_tiles.kept_rows
+    monkeypatch.setattr(fp8_tiles, "kept_rows", lambda x, scales: rows.append(x) or kept_rows(x, scales))
+    y = norm(drawn(20, 144, seed=3))
+    leaf(y)
+    assert not rows
+    leaf(y + 1)
+    assert len(rows) == 1
+
+
+class Columns(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :144]
+
+
 @pytest.mark.parametrize("hidden, in_8_bits", [(128, 6), (96, 4)])
 def test_gate_and_up_one_above_the_other(hidden, in_8_bits, products, monkeypatch):
     """Where up's first row is no multiple of 128 their two products are of dequantised operands."""
@@ -67,3 +86,12 @@ def test_experts(products, monkeypatch):
     leaf = Fp8Experts(filled(Experts(3, 64, 128)), "ue8m0")  # type: ignore[arg-type]
     both_ways(leaf, drawn(45, 64, seed=3), monkeypatch, torch.tensor([40, 0, 5], device=DEVICE))
     assert len(products) == 6
+
+
+def test_weights_that_are_one_above_the_other_already_are_not_copied(monkeypatch):
+    monkeypatch.setattr(fp8_tiles, "on_gpu", lambda _: True)
+    made, blocks = [], fp8_tiles.blocks
+    monkeypatch.setattr(fp8_tiles, "blocks", lambda w, scales: made.append(blocks(w, scales)) or made[-1])
+    gates_and_ups = drawn(2, 2, 128, 64, seed=1)
+    together = fp8_tiles.stacked([gates_and_ups], 2, "ue8m0")
+    assert together.shape == (2, 256, 64) and together.codes.data_ptr() == made[0].codes.data_ptr()  # type: ignore[union-attr]
