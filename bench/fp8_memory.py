@@ -1,12 +1,15 @@
-"""Bytes of a training step by part: fp8 against fp32, and bf16 between them. Tensors really held, nothing estimated.
+"""Bytes of a training step by part: in fp8 and in bf16 as tensors are held, against fp32 as it is planned.
 
     python -m bench.fp8_memory [--quick]
 
 One forward pass of the benches' shape (107.5M parameters, 4,096 tokens), every tensor that autograd keeps for backward
-counted once by its storage; then backward for the gradients, and the optimizer's own. What is kept in 8 and 12 bits is
-told apart by its dtype, and `in fp32` beside it is the same numbers at four bytes. fp32 activations are counted from
-those of bf16, whose kernels keep no temporaries, at twice the bytes: the reference's own fp32 pass keeps more. `plan`
-is what `shoal.plan.memory` foretells. Logits and temporaries of a moment are in no row.
+counted once by its storage; then backward, and the optimizer's own. A gradient has its weight's bytes: of those that
+this pass makes that is asserted, the head's is taken for granted.
+
+No fp32 step is run. Its weights, moments and gradients are those of `shoal.plan.memory`, its activations twice bf16's,
+whose kernels keep no temporaries: the reference's own fp32 pass keeps more. Beside fp8 stands what the plan foretells
+of it. What is kept in 8 and 12 bits is told apart by its dtype, each with its share, by numbers, of the scales' bytes;
+`in fp32` are the same numbers at four bytes. Logits and temporaries of a moment are in no row.
 """
 
 import argparse
@@ -46,7 +49,7 @@ def main() -> None:
 
 
 def held(precision: str, tokens_T: torch.Tensor) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Bytes by part; and of what few bits hold, (bytes, numbers) by format."""
+    """Bytes by part, the head's gradient as if it were there; and of activations, (bytes, numbers) by format."""
     state = TrainState(config_of(precision), "cpu")
     storages, numbers, model = {}, defaultdict(int), state.model
 
@@ -100,13 +103,13 @@ def memory_of(side: str, tokens: int) -> dict[str, int]:
 def report(
     wide: dict[str, int], sixteen: dict[str, int], eight: dict[str, int], kept: dict[str, tuple[int, int]], tokens: int
 ) -> None:
-    sides = {"fp32": wide, "bf16": sixteen, "fp8": eight, "fp8, plan": memory_of("fp8", tokens)}
+    sides = {"fp32, planned": wide, "bf16": sixteen, "fp8": eight, "fp8, planned": memory_of("fp8", tokens)}
     table = [[name, *(parts[p] / MIB for p in PARTS), sum(parts.values()) / MIB] for name, parts in sides.items()]
     show(["MiB", *PARTS, "sum"], table)
     scales, _ = kept["scales"]
     in_fp32 = {name: 4 * kept[name][1] for name in ("E4M3", "E5M6")}
     few = {name: kept[name][0] + scales * in_fp32[name] // sum(in_fp32.values()) for name in in_fp32}
-    show(["activations", "MiB", "in fp32"], [[n, few[n] / MIB, in_fp32[n] / MIB] for n in few])
+    show(["kept in few bits", "MiB", "in fp32"], [[n, few[n] / MIB, in_fp32[n] / MIB] for n in few])
     rows = {"kept in E4M3": (few["E4M3"], in_fp32["E4M3"]), "kept in E5M6": (few["E5M6"], in_fp32["E5M6"])}
     for part, of in {"weights and masters": PARTS[:2], **{p: (p,) for p in PARTS[2:]}, "all of it": PARTS}.items():
         rows[part] = (sum(eight[p] for p in of), sum(wide[p] for p in of))
@@ -119,6 +122,7 @@ def report(
         spread=[None] * len(rows),
         limit=[LIMIT if name == "kept in E4M3" else None for name in rows],
         unit="bytes",
+        peer_is="an fp32 step as planned, its activations twice bf16's",
         tokens=tokens,
         parts=sides,
     )
