@@ -29,7 +29,8 @@ from shoal.ops.quant import Quantised
 from shoal.ops.quant_tiles import E5M6, ROW_TILE, Scales
 from shoal.precision import policy
 
-NOTE = "fp8      operands of 8 bits, multiplied in wider arithmetic: the numerics of 8-bit training, not its speed"
+WIDER = "fp8      operands of 8 bits, multiplied in wider arithmetic: the numerics of 8-bit training, not its speed"
+AS_THEY_ARE = "fp8      operands of 8 bits, multiplied as they are, by Triton's kernels"
 REMEMBERED = "_row_tiles"  # attribute of a tensor that several leaves read
 BEFORE_LEAVES = ("attn_norm", "q_norm", "kv_norm", "ffn_norm")  # norms whose rows are multiplied in 8 bits
 
@@ -180,6 +181,11 @@ class Fp8Experts(Experts):
         gates_and_ups = self.gate_up.unflatten(1, (2, -1))  # each has blocks of its own, as checkpoints have them
         gate_up = _Product.apply(x_MD, counts_E, *_row_tiles(x_MD, self.scales), self.scales, gates_and_ups)
         return _SwiGLUDown.apply(gate_up, counts_E, self.scales, self.down)  # type: ignore[return-value]
+
+
+def note(weight: Tensor) -> str:
+    """What is multiplied with what, where this weight lies."""
+    return AS_THEY_ARE if fp8_tiles.on_gpu(weight) else WIDER
 
 
 def swap(model: Transformer, scales: Scales = "ue8m0") -> Transformer:

@@ -78,7 +78,7 @@ class TrainState:
     @property
     def note(self) -> str | None:
         """What a user should know about how this computes."""
-        return fp8.NOTE if self.config.precision == "fp8" else None
+        return fp8.note(self.model.head.weight) if self.config.precision == "fp8" else None
 
     def end(self) -> None:
         """Training is over: the model computes in its dtype again, as wherever its checkpoint is opened."""

@@ -13,7 +13,7 @@ from shoal.model.layers import Linear, SwiGLU
 from shoal.model.moe import Experts
 from shoal.model.presets import PRESETS
 from shoal.model.transformer import Transformer
-from shoal.ops import quant_tiles
+from shoal.ops import fp8_tiles, quant_tiles
 from shoal.ops.quant import FP8
 from shoal.precision import fp8, policy
 from shoal.precision.fp8 import Fp8Experts, Fp8Linear, Fp8SwiGLU
@@ -143,6 +143,13 @@ def test_leaves_stand_over_the_same_parameters_and_go_again():
     fp8.restore(model)
     assert {name: type(m) for name, m in model.named_modules()} == kinds
     assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_a_run_says_whether_its_products_are_in_8_bits(monkeypatch):
+    state = TrainState(CONFIG, "cpu")
+    assert state.note and "not its speed" in state.note
+    monkeypatch.setattr(fp8_tiles, "on_gpu", lambda _: True)
+    assert state.note == fp8.AS_THEY_ARE and TrainState(replace(CONFIG, precision="plain"), "cpu").note is None
 
 
 def test_a_nan_skips_the_step():
