@@ -8,8 +8,12 @@ from tests.ops.interpreted import DEVICE, hardware_numbers, relative_error  # is
 
 from shoal.model.layers import Linear, RMSNorm, SwiGLU
 from shoal.model.moe import Experts
+from shoal.model.presets import PRESETS
 from shoal.ops import fp8_tiles, triton_gemm
 from shoal.precision.fp8 import Fp8Experts, Fp8Linear, Fp8Norm, Fp8SwiGLU
+from shoal.train.config import BatchConfig, OptimConfig, PretrainConfig
+from shoal.train.step import TrainState, train_step
+from tests.train.batches import batch_of
 
 pytestmark = pytest.mark.usefixtures(hardware_numbers.__name__)
 BITS = 5e-3  # bf16's rounding of results, and the few codes that it moves behind them
@@ -95,3 +99,20 @@ def test_weights_that_are_one_above_the_other_already_are_not_copied(monkeypatch
     gates_and_ups = drawn(2, 2, 128, 64, seed=1)
     together = fp8_tiles.stacked([gates_and_ups], 2, "ue8m0")
     assert together.shape == (2, 256, 64) and together.codes.data_ptr() == made[0].codes.data_ptr()  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_a_whole_step(products, monkeypatch):
+    """Of every leaf together: latent attention, experts, the multi-token module. First moments are the gradients; what
+    tensor cores' short sums change in them (test_triton_fp8.close) has many layers to spread through."""
+    config = PretrainConfig(
+        PRESETS["tiny"], batch=BatchConfig(32, 1), optim=OptimConfig(lr=3e-3), steps=50, precision="fp8", threads=1
+    )
+    ended = []
+    for gpu in (False, True):
+        monkeypatch.setattr(fp8_tiles, "on_gpu", lambda _, gpu=gpu: gpu)
+        state = TrainState(config, DEVICE)
+        train_step(state, [batch_of([20, 12])])
+        ended.append([slot.first for slot in state.optimizer.slots])
+    most = BITS if DEVICE == "cpu" else 0.05
+    assert len(products) > 80 and all(relative_error(made, expected) < most for expected, made in zip(*ended))
