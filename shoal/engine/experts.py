@@ -133,7 +133,7 @@ class Store:
         with suppress(OSError):  # a kernel without large pages
             self._arena.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._arena)
-        self._made: dict[int, tuple[int, tuple[Matrix, Matrix, Matrix]]] = {}  # by slot
+        self._made: dict[int, tuple[Matrix, Matrix, Matrix]] = {}  # of what was last read, by slot
         self._queue: list[tuple[bool, int, Job]] = []
         self._numbers = count()
         self._work, self._end = Condition(), Condition()
@@ -155,6 +155,7 @@ class Store:
 
     def read(self, job: Job, urgent: bool) -> None:
         """Begin to read; a job that waits may be asked for again, urgently."""
+        self._made.pop(job.slot, None)
         with self._work:
             job.urgent = urgent
             heapq.heappush(self._queue, (not urgent, next(self._numbers), job))
@@ -175,14 +176,14 @@ class Store:
 
     def release(self, slot: int) -> None:
         """Give its memory back; nothing will be read into it."""
+        self._made.pop(slot, None)
         self._arena.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
 
     def matrices(self, expert: int, slot: int) -> tuple[Matrix, Matrix, Matrix]:
-        """Gate, up and down, where they lie now: the same objects as long as the expert is in this slot."""
-        known = self._made.get(slot)
-        if known is None or known[0] != expert:
-            known = self._made[slot] = (expert, self.like(expert, slot))
-        return known[1]
+        """Gate, up and down of the expert that was read into this slot: the same objects until another read begins."""
+        if slot not in self._made:
+            self._made[slot] = self.like(expert, slot)
+        return self._made[slot]
 
     def like(self, expert: int, slot: int = 0) -> tuple[Matrix, Matrix, Matrix]:
         """Its form and sizes; its numbers where it is in this slot, else nothing is known of them."""

@@ -15,6 +15,7 @@ from shoal.model.hf_names import Piece
 from shoal.model.transformer import Transformer
 from shoal.ops import quant
 
+FP8_SCALES = {"fp8": torch.float32, "fp8-bf16": torch.bfloat16, "fp8-ue8m0": torch.float8_e8m0fnu}  # by form
 HIGH = ("embed", "router", "norm", "kv_up")  # stay in high precision
 
 
@@ -32,7 +33,7 @@ def write(
     planned = [t for piece in hf.own_pieces(model) for t in tensors(piece, form, make, group)]
     write_tensors(folder, planned, max_shard_bytes)
     raw = to_hf_config(model.config, "bfloat16", None, None)
-    if form == "fp8":
+    if form in FP8_SCALES:
         raw["quantization_config"] = hf_quantisation.write_fp8()
     elif form != "bf16":
         bits = quant.BITS[form]  # type: ignore[index]
@@ -53,9 +54,9 @@ def tensors(piece: Piece, form: str, make: Callable[[Piece], Tensor], group: int
     kind, vector = form_of(piece, form), is_high(piece)
     name, shape = piece.name, piece.shape
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {name: (torch.float32 if vector else torch.bfloat16, shape)}
-    if kind == "fp8":
+    if kind in FP8_SCALES:
         blocks = tuple(-(-n // 128) for n in shape)
-        found = {name: (quant.FP8, shape), f"{name}_scale_inv": (torch.float32, blocks)}
+        found = {name: (quant.FP8, shape), f"{name}_scale_inv": (FP8_SCALES[kind], blocks)}
     elif kind != "bf16":
         N, K = shape[0], shape[-1]
         words, scales = (N, K * (4 if kind == "int4" else 8) // 32), (N, K // group)
@@ -73,7 +74,7 @@ def form_of(piece: Piece, form: str) -> str:
     if form == "bf16" or len(piece.shape) < 2 or any(name in piece.ours for name in HIGH):
         return "bf16"
     if piece.ours.startswith("head"):
-        return "bf16" if form == "fp8" else "int8"
+        return "bf16" if form in FP8_SCALES else "int8"
     return form
 
 
@@ -81,9 +82,9 @@ def parts(piece: Piece, form: str, x: Tensor, group: int) -> dict[str, Tensor]:
     """The tensors that a piece becomes, by their names."""
     if form == "bf16":
         return {piece.name: x.float() if is_high(piece) else x.bfloat16()}
-    if form == "fp8":
+    if form in FP8_SCALES:
         q = quant.to_fp8(x)
-        return {piece.name: q.codes, f"{piece.name}_scale_inv": q.scales}
+        return {piece.name: q.codes, f"{piece.name}_scale_inv": q.scales.to(FP8_SCALES[form])}
     q = quant.quantise(x, form, group)  # type: ignore[arg-type]
     codes, shape = q.codes.view(torch.int32), torch.tensor(piece.shape)
     return {f"{piece.name}_packed": codes, f"{piece.name}_scale": q.scales, f"{piece.name}_shape": shape}

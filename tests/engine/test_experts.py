@@ -10,19 +10,17 @@ import torch
 
 from shoal.engine import experts
 from shoal.engine.experts import Job, Located, Run, Store, runs, slot_bytes
-from shoal.engine.offload import Offload, OffloadedExperts
 from shoal.engine.split import examine
 from shoal.errors import StorageError
 from shoal.model.hf_files import Entry
 from shoal.model.transformer import Transformer
-from shoal.ops import quant, quant_tiles
 from shoal.ops.quant import Quantised
 from shoal.precision import weights
 from tests.engine import stored
 from tests.engine.models import LATENT, model
 
 CONFIG = replace(LATENT, n_mtp=0)
-FORMS = ("bf16", "fp8", "int8", "int4")
+FORMS = ("bf16", *stored.FP8_SCALES, "int8", "int4")
 
 
 def entry(file: str, start: int, n: int) -> Entry:
@@ -64,19 +62,6 @@ def test_neighbours_are_one_read_and_others_are_not():
     assert slot_bytes([near, far]) == 3 * 4096
 
 
-def test_scales_that_are_widened_are_those_that_were_read(tmp_path):
-    """Not those that stood in the slot when a leaf was first asked what its experts are like."""
-    (tmp_path / "m").write_bytes(bytes([0] * 256 + [128]))  # codes, and 2 in UE8M0
-    codes, scales = Entry("m", quant.FP8, (16, 16), 0, 256), Entry("m", quant_tiles.UE8M0, (1, 1), 256, 257)
-    matrix = Located(codes, scales, "fp8", quant.FP8_BLOCK, (16, 16))
-    store = Store(tmp_path, [(matrix, matrix, matrix)], 1, direct=False)
-    OffloadedExperts(Offload(store, 1, 1), 0).like()
-    fetched(store, 0, 0)
-    gate, *_ = store.matrices(0, 0)
-    assert isinstance(gate, Quantised) and gate.scales.tolist() == [[2.0]]
-    store.close()
-
-
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_an_expert_is_what_was_written(tmp_path, form: str, direct: bool):
@@ -96,6 +81,21 @@ def test_an_expert_is_what_was_written(tmp_path, form: str, direct: bool):
                 both = leaf.get_parameter("gate_up")[x % 8].chunk(2)
                 assert torch.equal(found, leaf.get_parameter("down")[x % 8] if name == "down" else both[name == "up"])
     assert store.experts_read == 3 and store.bytes_read > 0 and store.seconds_reading > 0
+    store.close()
+
+
+def test_scales_that_were_widened_are_those_of_what_was_read_last(tmp_path):
+    """They are copies: of nothing read before the expert came, and of no other expert."""
+    path = folder(tmp_path, "fp8-bf16")
+    store, resident = store_of(path), weights.load(path).layers[1].get_submodule("ffn.experts")
+    store.like(0)
+    for x in (0, 3, 0):
+        fetched(store, x, 0)
+        assert torch.equal(store.matrices(x, 0)[2].scales, resident.down[x].scales)  # type: ignore[union-attr]
+    known = store.matrices(0, 0)
+    fetched(store, 3, 0)  # and nobody asks where it lies
+    fetched(store, 0, 0)
+    assert store.matrices(0, 0) is not known
     store.close()
 
 

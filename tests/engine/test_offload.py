@@ -65,7 +65,10 @@ def use(o: Offload, mixture: int, busy: list[int]) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize(("form", "n_slots"), [("bf16", 3), ("fp8", 1), ("int8", 16), ("int4", 3)])
+FORMS = [("bf16", 3), ("fp8", 1), ("fp8-bf16", 16), ("fp8-ue8m0", 3), ("int8", 16), ("int4", 3)]
+
+
+@pytest.mark.parametrize(("form", "n_slots"), FORMS)
 def test_tokens_are_those_of_the_resident_model(tmp_path, form: str, n_slots: int):
     path = stored.write(tmp_path / "m", CONFIG, form, stored.of(model(CONFIG)))
     far, o = split.load(split.examine(path, torch.bfloat16), n_slots, direct=True)

@@ -31,7 +31,15 @@ WIDE = replace(
 
 @pytest.mark.parametrize(
     ("config", "form", "n_slots"),
-    [(V3, "bf16", 3), (V2, "fp8", 40), (NO_SHARED, "bf16", 1), (WIDE, "int8", 4), (WIDE, "int4", 40)],
+    [
+        (V3, "bf16", 3),
+        (V2, "fp8", 40),
+        (V2, "fp8-bf16", 40),
+        (V3, "fp8-ue8m0", 3),
+        (NO_SHARED, "bf16", 1),
+        (WIDE, "int8", 4),
+        (WIDE, "int4", 40),
+    ],
 )
 def test_tokens_are_those_of_the_resident_model(tmp_path, config, form: str, n_slots: int):
     config = replace(config, n_mtp=0)
