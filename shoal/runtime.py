@@ -12,6 +12,7 @@ Importing this module doesn't import torch.
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 import platform
@@ -216,7 +217,8 @@ def disk_bytes_per_s(path: Path, seconds: float = 1.0, streams: int = 4) -> floa
     file system allows it (O_DIRECT). A smaller file is read as a whole."""
     piece, size = 4 << 20, path.stat().st_size
     pieces = max(1, size // piece)
-    fd = open_direct(path)[0]
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    pass_cache_by(fd)
     end = time.perf_counter() + seconds
 
     def read(seed: int) -> int:
@@ -234,12 +236,13 @@ def disk_bytes_per_s(path: Path, seconds: float = 1.0, streams: int = 4) -> floa
         os.close(fd)
 
 
-def open_direct(path: Path) -> tuple[int, bool]:
-    """(descriptor, whether reads of it pass the page cache by); they do where system and file system can."""
+def pass_cache_by(fd: int) -> bool:
+    """Let reads of an open file pass the page cache by; False where system or file system can't."""
     if direct := getattr(os, "O_DIRECT", 0):
         with suppress(OSError):
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | direct), True
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | direct)
+            return True
+    return False
 
 
 def _shortest(call: Callable[[], object], device: str, seconds: float) -> float:

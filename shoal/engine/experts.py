@@ -5,17 +5,15 @@ side by side are one read, from one page boundary to another, into a slot: the s
 boundary, so the disk may write them there by itself (O_DIRECT) and a matrix is multiplied with where it was read to.
 
 Reads are done by a few threads, those that somebody waits for first. Whatever is read is believed only if the file is
-the one that was opened, before and after: same device, inode, size and time of last change.
+the one whose header was checked, before and after: same device, inode, size and time of last change.
 """
 
 import heapq
 import logging
 import mmap
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 from threading import Condition, Thread
 from time import perf_counter
 from typing import NamedTuple
@@ -23,10 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.errors import ModelError, StorageError
-from shoal.model.hf_files import AGAIN, Entry
+from shoal.errors import StorageError
+from shoal.model.hf_files import Entry, TensorFolder
 from shoal.ops.quant import Form, Quantised
-from shoal.runtime import open_direct
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +32,6 @@ GAP = 1 << 14  # bytes between two ranges that are rather read than skipped
 READERS = 4
 
 Matrix = Tensor | Quantised
-Identity = tuple[int, int, int, int]
 
 
 class Located(NamedTuple):
@@ -86,24 +82,6 @@ def slot_bytes(experts: Iterable[Expert]) -> int:
     return max(r[-1].at + r[-1].end - r[-1].start for r in map(runs, experts))
 
 
-class Opened(NamedTuple):
-    path: Path
-    fd: int
-    direct: bool
-    identity: Identity
-
-    def check(self) -> None:
-        if identity(self.fd) != self.identity:
-            raise StorageError(
-                f"{self.path} was changed while its experts were in use", "a file that stays", "start anew"
-            )
-
-
-def identity(fd: int) -> Identity:
-    s = os.fstat(fd)
-    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
-
-
 class Job:
     """One expert on its way into a slot."""
 
@@ -123,12 +101,13 @@ class Job:
 class Store:
     """All routed experts of a model by number, and memory for some of them."""
 
-    def __init__(self, folder: Path, experts: Sequence[Expert], n_slots: int, direct: bool = True):
-        """`direct`: past the page cache, where the file system can. Raises ModelError."""
+    def __init__(self, files: TensorFolder, experts: Sequence[Expert], n_slots: int, direct: bool = True):
+        """`direct`: past the page cache, where the file system can. Raises ModelError and StorageError."""
         self.experts, self.slot_bytes = experts, slot_bytes(experts)
         names = {e.file for expert in experts for matrix in expert for e in matrix.entries()}
-        self._files = {name: opened(folder / name, direct) for name in names}
-        self.direct = all(f.direct for f in self._files.values())
+        self._files = {name: files.open(name, direct) for name in names}
+        if direct and not all(f.direct for f in self._files.values()):
+            log.warning("the file system has no reads past the page cache: experts are read through it")
         self._arena = mmap.mmap(-1, n_slots * self.slot_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # a kernel without large pages
             self._arena.madvise(mmap.MADV_HUGEPAGE)
@@ -151,7 +130,7 @@ class Store:
         for thread in self._threads:
             thread.join()
         for f in self._files.values():
-            os.close(f.fd)
+            f.file.close()
 
     def read(self, job: Job, urgent: bool) -> None:
         """Begin to read; a job that waits may be asked for again, urgently."""
@@ -220,10 +199,9 @@ class Store:
             n = 0
             try:
                 n = self._read(job)
-            except (OSError, StorageError) as e:
+            except StorageError as e:
                 log.error("expert %d could not be read: %s", job.expert, e)
-                fix = "look at the disk and its log, then ask again"
-                job.error = e if isinstance(e, StorageError) else StorageError(f"reading an expert: {e}", "a disk", fix)
+                job.error = e
             with self._work:
                 self._busy -= 1
                 if not self._busy:
@@ -235,32 +213,7 @@ class Store:
 
     def _read(self, job: Job) -> int:
         total, base = 0, job.slot * self.slot_bytes
-        where = runs(self.experts[job.expert])
-        files = [self._files[run.file] for run in where]
-        for run, f in zip(where, files, strict=True):
-            f.check()
+        for run in runs(self.experts[job.expert]):
             to = self._view[base + run.at : base + run.at + run.end - run.start]
-            total += read_into(f, to, run.start, run.least - run.start)
-        for f in files:
-            f.check()
+            total += self._files[run.file].read_into(to, run.start, run.least - run.start)
         return total
-
-
-def opened(path: Path, direct: bool) -> Opened:
-    try:
-        fd, is_direct = open_direct(path) if direct else (os.open(path, os.O_RDONLY | os.O_CLOEXEC), False)
-    except OSError as e:
-        raise ModelError(f"cannot open {path}: {e.strerror}", "a readable file", AGAIN) from e
-    return Opened(path, fd, is_direct, identity(fd))
-
-
-def read_into(f: Opened, to: memoryview, start: int, least: int | None = None) -> int:
-    """Fill `to`, or at least so much of it, from this byte of the file on. Raises StorageError, OSError."""
-    done, least = 0, len(to) if least is None else least
-    while done < least:
-        n = os.preadv(f.fd, [to[done:]], start + done)
-        if n <= 0:
-            got = f"{f.path} ended {least - done:,} bytes too early"
-            raise StorageError(got, "the bytes its header promises", AGAIN)
-        done += n
-    return done

@@ -16,7 +16,6 @@ Which experts lie where changes no number: the same matrices are multiplied with
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -25,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoal.engine.experts import Expert, Job, Matrix, Store, opened, read_into
-from shoal.model.hf_files import Entry
+from shoal.engine.experts import Expert, Job, Matrix, Store
+from shoal.model.hf_files import Entry, TensorFolder
 from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
@@ -306,16 +305,14 @@ def product(x: Tensor, weight: Matrix) -> Tensor:
 class StoredRows(nn.Module):
     """`Embedding` whose rows are read from the file they lie in, each when it is asked for."""
 
-    def __init__(self, path: Path, entry: Entry, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(self, files: TensorFolder, entry: Entry, dtype: torch.dtype, device: torch.device | str = "cpu"):
         super().__init__()
-        self.file, self.entry = opened(path, direct=False), entry
+        self.file, self.entry = files.open(entry.file), entry
         self.weight = torch.empty(0, entry.shape[1], dtype=dtype, device=device)  # says what rows are like
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         e = self.entry
         rows_TD = torch.empty(len(tokens_T), e.shape[1], dtype=e.dtype)
-        self.file.check()
         for row_D, token in zip(rows_TD, tokens_T.tolist(), strict=True):
-            read_into(self.file, row_D.view(torch.uint8).numpy().data, e.start + token * row_D.nbytes)
-        self.file.check()
+            self.file.read_into(row_D.view(torch.uint8).numpy().data, e.start + token * row_D.nbytes)
         return rows_TD.to(self.weight.device, self.weight.dtype)

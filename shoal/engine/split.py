@@ -5,7 +5,6 @@ model of it, its experts' leaves replaced by `OffloadedExperts` and its embeddin
 module is left out: drafting would meet other experts, and wait for them.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from shoal.engine.experts import Expert, Located, Store, opened, read_into, slot_bytes
+from shoal.engine.experts import Expert, Located, Store, slot_bytes
 from shoal.engine.offload import Offload, OffloadedExperts, StoredRows
 from shoal.errors import ModelError
 from shoal.model import hf
@@ -32,7 +31,6 @@ class Parts(NamedTuple):
 
     model: Transformer  # without memory
     stored: Stored
-    folder: Path
     experts: list[Expert]  # mixture by mixture
     near_bytes: int  # all but experts and embedding
     embedding_bytes: int  # 0 where it is the head too, and counts there
@@ -53,7 +51,7 @@ def examine(folder: Path, dtype: torch.dtype) -> Parts:
     experts = list(located_experts(model, stored, dtype))
     embedding = 0 if model.config.tie_embeddings else model.embed.weight.nbytes
     near = sum(near_bytes(model, stored)) - embedding
-    return Parts(model, stored, folder, experts, near, embedding, slot_bytes(experts) if experts else 0, in_module)
+    return Parts(model, stored, experts, near, embedding, slot_bytes(experts) if experts else 0, in_module)
 
 
 def near_bytes(model: Transformer, stored: Stored) -> Iterator[int]:
@@ -116,29 +114,14 @@ def load(
     for mixture in mixtures:
         mixture.experts = nn.Module()  # pyright: ignore[reportAttributeAccessIssue]
     if entry := lookup(parts):
-        model.embed = StoredRows(  # pyright: ignore[reportAttributeAccessIssue]
-            parts.folder / entry.file, entry, dtype, device
-        )
+        model.embed = StoredRows(stored.files, entry, dtype, device)  # pyright: ignore[reportAttributeAccessIssue]
     hf.allocate(model, device)
-    fill(parts)
-    store = Store(parts.folder, parts.experts, n_slots, direct)
+    hf.fill(model, stored)
+    store = Store(stored.files, parts.experts, n_slots, direct)
     offload = Offload(store, n_slots, moe.n_routed_experts, moe.n_activated, ceiling)
     for i, mixture in enumerate(mixtures):
         mixture.experts = OffloadedExperts(offload, i)  # pyright: ignore[reportAttributeAccessIssue]
     return model, offload
-
-
-def fill(parts: Parts) -> None:
-    """As `hf.fill`, but what is stored as it is used is read straight into its place."""
-    state, stored = parts.model.state_dict(), parts.stored
-    for piece in sorted(hf.own_pieces(parts.model), key=stored.place):
-        place, entry = piece.of(state[piece.ours]), stored.files.entries.get(piece.name)
-        if entry and entry.dtype == place.dtype and place.is_contiguous() and place.device.type == "cpu":
-            file = opened(parts.folder / entry.file, direct=False)
-            read_into(file, place.view(-1).view(torch.uint8).numpy().data, entry.start)
-            os.close(file.fd)
-        else:
-            stored.copy(piece, place)
 
 
 def lookup(parts: Parts) -> Entry | None:

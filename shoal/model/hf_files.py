@@ -7,9 +7,9 @@ pipe where a file should be. Then tensors are read one at a time, or used where 
 (`.bin`, `.pt`) can run code and are never opened.
 
 A file is the one whose header was checked as long as device, inode, size and time of last change are the same; every
-read looks, and `unchanged` looks for those who use mapped tensors. A file that is replaced does them no harm: the old
-one stays mapped. One that is cut short or written into does, and between two looks the system answers the use of bytes
-that are gone by ending the process (SIGBUS).
+read looks, before and after, and `unchanged` looks for those who use mapped tensors. A file that is replaced does them
+no harm: the old one stays mapped. One that is cut short or written into does, and between two looks the system answers
+the use of bytes that are gone by ending the process (SIGBUS).
 
 Writing goes one tensor at a time too, and every file is synced to disk before the call returns.
 """
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import ModelError, StorageError
+from shoal.runtime import pass_cache_by
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -68,10 +69,40 @@ class Entry:
     end: int
 
 
+class Opened(NamedTuple):
+    """A file of the folder; what is read of it is believed as long as it is the one whose header was checked."""
+
+    path: Path
+    file: BufferedReader
+    identity: Identity
+    direct: bool  # reads pass the page cache by
+
+    def check(self) -> None:
+        if identity(self.file) != self.identity:
+            raise changed(self.path)
+
+    def read_into(self, to: memoryview, start: int, least: int | None = None) -> int:
+        """Fill `to`, or at least so much of it, from this byte of the file on: bytes read. Raises StorageError."""
+        done, least = 0, len(to) if least is None else least
+        try:
+            self.check()
+            while done < least:
+                n = os.preadv(self.file.fileno(), [to[done:]], start + done)
+                if n <= 0:
+                    got = f"{self.path} ended {least - done:,} bytes too early"
+                    raise StorageError(got, "the bytes its header promises", AGAIN)
+                done += n
+            self.check()
+        except OSError as e:
+            fix = "look at the disk and its log, then try again"
+            raise StorageError(f"reading {self.path}: {e.strerror}", "a disk that answers", fix) from e
+        return done
+
+
 class Mapped(NamedTuple):
     """A file of the folder in memory, as long as anything refers to it; `open` keeps it reachable for `unchanged`."""
 
-    open: BufferedReader
+    open: Opened
     bytes: mmap.mmap
 
 
@@ -104,13 +135,16 @@ class TensorFolder:
     def read(self, name: str) -> Tensor:
         e = self.entries[name]
         buffer = bytearray(e.end - e.start)
-        with self._open(e.file) as f:
-            f.seek(e.start)
-            if f.readinto(buffer) != len(buffer):
-                raise changed(self.folder / e.file)
+        self.read_into(name, memoryview(buffer))
         if not buffer:
             return torch.empty(e.shape, dtype=e.dtype)
         return torch.frombuffer(buffer, dtype=e.dtype).view(e.shape)
+
+    def read_into(self, name: str, to: memoryview) -> None:
+        """All bytes of a tensor. Raises StorageError."""
+        opened = self.open(self.entries[name].file)
+        with opened.file:
+            opened.read_into(to, self.entries[name].start)
 
     def mapped(self, name: str, raw: bool = False) -> Tensor:
         """The tensor where it lies in its file, or its `raw` bytes (uint8, by rows); never to be written to.
@@ -121,8 +155,8 @@ class TensorFolder:
         if e.start == e.end:
             return self.read(name)
         if e.file not in self._maps:
-            f = self._open(e.file)
-            self._maps[e.file] = Mapped(f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            opened = self.open(e.file)
+            self._maps[e.file] = Mapped(opened, mmap.mmap(opened.file.fileno(), 0, access=mmap.ACCESS_READ))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self._maps[e.file].bytes, dtype=torch.uint8, count=e.end - e.start, offset=e.start)
@@ -132,16 +166,20 @@ class TensorFolder:
 
     def unchanged(self) -> None:
         """Raises StorageError where a mapped file is no longer what it was when its header was checked."""
-        for file, (f, _) in self._maps.items():
-            if identity(f) != self._identities[file]:
-                raise changed(self.folder / file)
+        for opened, _ in self._maps.values():
+            opened.check()
 
-    def _open(self, file: str) -> BufferedReader:
+    def open(self, file: str, direct: bool = False) -> Opened:
+        """The file whose header was checked; `direct`: past the page cache, where that can be. Raises ModelError and
+        StorageError."""
         f = open_regular(self.folder, file)
-        if identity(f) != self._identities[file]:
+        opened = Opened(self.folder / file, f, self._identities[file], direct and pass_cache_by(f.fileno()))
+        try:
+            opened.check()
+        except StorageError:
             f.close()
-            raise changed(self.folder / file)
-        return f
+            raise
+        return opened
 
 
 def identity(f: BufferedReader) -> Identity:

@@ -130,9 +130,12 @@ class Stored:
         return Quantised(INTEGERS[8 * codes.shape[1] // K], codes, scales, (1, K // scales.shape[1]))
 
     def copy(self, piece: Piece, place: Tensor) -> None:
-        """place = the piece, dequantised where it is in few bits."""
+        """place = the piece: dequantised where it is in few bits, read straight into it where it is stored as used."""
+        entry = self.files.entries.get(piece.name)
         if self.in_few_bits(piece):
             dequantise(self.quantised(piece, mapped=False), place)
+        elif entry and entry.dtype == place.dtype and place.is_contiguous() and place.device.type == "cpu":
+            self.files.read_into(piece.name, place.view(-1).view(torch.uint8).numpy().data)
         else:
             place.copy_(self.files.read(piece.name))
 

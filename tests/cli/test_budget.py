@@ -49,7 +49,7 @@ def divided(parts: split.Parts, memory: int, cache: int | None = None, process: 
 
 
 def test_near_bytes_are_those_that_are_read(parts):
-    far, o = split.load(split.examine(parts.folder, torch.bfloat16), 1, direct=True)
+    far, o = split.load(split.examine(parts.stored.files.folder, torch.bfloat16), 1, direct=True)
     held = sum(t.nbytes for t in far.state_dict().values())
     held += sum(m.weight.nbytes for m in far.modules() if isinstance(m, weights.QuantisedLinear))
     assert parts.near_bytes == held

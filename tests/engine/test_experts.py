@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.engine import experts
+from shoal.engine import experts, split
 from shoal.engine.experts import Job, Located, Run, Store, runs, slot_bytes
-from shoal.engine.split import examine
+from shoal.engine.offload import StoredRows
 from shoal.errors import StorageError
 from shoal.model.hf_files import Entry
 from shoal.model.transformer import Transformer
@@ -32,7 +32,8 @@ def folder(tmp_path: Path, form: str, **more) -> Path:
 
 
 def store_of(path: Path, n_slots: int = 2, direct: bool = True) -> Store:
-    return Store(path, examine(path, torch.bfloat16).experts, n_slots, direct)
+    parts = split.examine(path, torch.bfloat16)
+    return Store(parts.stored.files, parts.experts, n_slots, direct)
 
 
 def fetched(store: Store, expert: int, slot: int) -> Job:
@@ -99,6 +100,14 @@ def test_scales_that_were_widened_are_those_of_what_was_read_last(tmp_path):
     store.close()
 
 
+def replaced(path: Path) -> None:
+    """By a file of the same size and time of last change."""
+    times, other = path.stat(), path.with_suffix(".new")
+    other.write_bytes(bytes(path.stat().st_size))
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace(other, path)
+
+
 def grown(path: Path) -> None:
     with path.open("ab") as f:
         f.write(b"more")
@@ -110,6 +119,23 @@ def touched(path: Path) -> None:
 
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
+
+
+OPENINGS = {
+    "experts": lambda parts: Store(parts.stored.files, parts.experts, 1),
+    "rows": lambda parts: StoredRows(parts.stored.files, split.lookup(parts) or entry("", 0, 0), torch.bfloat16),
+    "near": lambda parts: parts.stored.files.read_into("model.norm.weight", memoryview(bytearray(4 * CONFIG.dim))),
+    "all": lambda parts: split.load(parts, 1, direct=True),
+}
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_a_file_that_is_not_the_one_whose_header_was_checked_is_not_read(tmp_path, opening: str):
+    path = folder(tmp_path, "fp8")
+    parts = split.examine(path, torch.bfloat16)
+    replaced(path / "model.safetensors")
+    with pytest.raises(StorageError, match="was changed while it was in use"):
+        OPENINGS[opening](parts)
 
 
 @pytest.mark.parametrize("change", [grown, touched, cut])
@@ -131,7 +157,7 @@ def test_a_file_that_changes_while_it_is_read_is_found_out(tmp_path, monkeypatch
         touched(path / "model.safetensors")
         return read(*to)
 
-    monkeypatch.setattr(experts.os, "preadv", overtaken)
+    monkeypatch.setattr(os, "preadv", overtaken)
     assert fetched(store, 0, 0).state == Job.FAILED
     store.close()
 
@@ -144,17 +170,26 @@ def broken(*_) -> int:
 def test_a_disk_that_fails_is_an_error_and_a_later_read_is_tried_anew(tmp_path, monkeypatch, preadv, said: str):
     store = store_of(folder(tmp_path, "fp8"))
     with monkeypatch.context() as failing:
-        failing.setattr(experts.os, "preadv", preadv)
+        failing.setattr(os, "preadv", preadv)
         error = fetched(store, 3, 0).error
         assert error and said in error.got
     assert fetched(store, 3, 0).error is None
     store.close()
 
 
+def test_a_disk_that_fails_says_so_whatever_is_read(tmp_path, monkeypatch):
+    parts = split.examine(folder(tmp_path, "bf16"), torch.bfloat16)
+    rows = OPENINGS["rows"](parts)
+    monkeypatch.setattr(os, "preadv", broken)
+    for read in (lambda: rows(torch.tensor([3])), lambda: OPENINGS["near"](parts), lambda: OPENINGS["all"](parts)):
+        with pytest.raises(StorageError, match=r"model.safetensors: Input/output error"):
+            read()
+
+
 def test_reads_in_small_pieces_add_up(tmp_path, monkeypatch):
     path, read = folder(tmp_path, "bf16"), os.preadv
     store = store_of(path, direct=False)
-    monkeypatch.setattr(experts.os, "preadv", lambda fd, to, at: read(fd, [to[0][:1000]], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: read(fd, [to[0][:1000]], at))
     assert fetched(store, 0, 0).error is None
     whole = weights.load(path)
     assert isinstance(whole, Transformer)

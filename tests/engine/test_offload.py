@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shoal.engine import experts, offload, split
+from shoal.engine import offload, split
 from shoal.engine.engine import LocalEngine
 from shoal.engine.experts import Job
 from shoal.engine.offload import Offload, Slots
@@ -195,9 +195,9 @@ def test_a_fault_of_the_disk_ends_the_request_and_no_wrong_token_is_told(tmp_pat
         if fault == "changed":
             os.utime(file, ns=(1, 1))
         elif fault == "cut":
-            failing.setattr(experts.os, "preadv", lambda fd, to, at: read(fd, to, at) if len(to[0]) < PAGES else 0)
+            failing.setattr(os, "preadv", lambda fd, to, at: read(fd, to, at) if len(to[0]) < PAGES else 0)
         else:
-            failing.setattr(experts.os, "preadv", failing_after(3))
+            failing.setattr(os, "preadv", failing_after(3))
         (result,) = engine.generate([request(prompt(9, 3), 6)])
         assert result.finish == "error" and "disk" in (result.error or "")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
