@@ -42,7 +42,7 @@ from shoal.plan.memory import gib
 from shoal.runtime import disk_bytes_per_s, idle_cores, read_bytes_per_s
 
 LIMIT = 1.5  # times llama.cpp
-AGREES = 0.2  # how far a prediction may be off
+AGREES = (1 - 0.2, 1 / (1 - 0.2))  # measured over foretold: how far a prediction may be off, either way
 PROMPT, CONTEXT = 16, 4096
 CGROUPS = Path("/sys/fs/cgroup/memory")
 
@@ -229,12 +229,16 @@ def report(results: dict[str, dict]) -> None:
         read = f"{seen['bytes_per_token'] / 1e6:.0f} MB a token at {seen['disk_bytes_per_s'] / machine.disk_rate:.0%}"
         print(f"precision {seen['precision']:.0%}; {read} of the disk's {machine.disk_rate / 1e9:.2f} GB/s")
         print(f"plan fit foretells {plan.tokens_per_s:.2f} tokens/s at this hit rate")
+        if doubt := doubted(seen, machine):
+            print(doubt)
         if peers:
             ratio = Ratio.of(rates, peers[0][1])
             print(f"{ratio.median:.2f} times llama.cpp ({ratio.spread[0]:.2f} to {ratio.spread[1]:.2f}), limit {LIMIT}")
             rows, ratios, limits = [*rows, f"{part} llama.cpp"], [*ratios, ratio], [*limits, LIMIT]
         agreed = Ratio.of(rates, [plan.tokens_per_s] * len(rates))
-        rows, ratios, limits = [*rows, f"{part} plan fit"], [*ratios, agreed], [*limits, 1 - AGREES]
+        verdict = "agrees" if agrees(agreed.median) else "does NOT agree"
+        print(f"{agreed.median:.2f} times plan fit ({agreed.spread[0]:.2f} to {agreed.spread[1]:.2f}): it {verdict}")
+        rows, ratios, limits = [*rows, f"{part} plan fit"], [*ratios, agreed], [*limits, AGREES]
         if part == "v3":
             r["whole"] = extrapolated(drawn.SHAPES[case.model], median(rates), r)
             whole = r["whole"]
@@ -251,11 +255,25 @@ def report(results: dict[str, dict]) -> None:
         resident={part: r["resident"] for part, r in results.items()},
         memory={part: r["case"].memory for part, r in results.items()},
         seen={part: r["seen"] for part, r in results.items()},
+        doubts={part: doubt for part, r in results.items() if (doubt := doubted(r["seen"], r["machine"]))},
         rates={part: {"ram": r["machine"].ram_rate, "disk": r["machine"].disk_rate} for part, r in results.items()},
         whole_model={part: r["whole"] for part, r in results.items() if "whole" in r},
         peer_version=llama.version(),
         threads=THREADS,
     )
+
+
+def agrees(ratio: float) -> bool:
+    """Of what was measured over what was foretold: too much is as wrong as too little."""
+    return AGREES[0] <= ratio <= AGREES[1]
+
+
+def doubted(seen: dict[str, float], machine: Hardware) -> str | None:
+    """Why the prediction is not one of this run: its disk was faster than what was measured before and after."""
+    if seen["disk_bytes_per_s"] <= machine.disk_rate:
+        return None
+    gave, known = seen["disk_bytes_per_s"] / 1e9, machine.disk_rate / 1e9
+    return f"DOUBTFUL: the disk gave {gave:.2f} GB/s in the run, and plan fit was told {known:.2f}"
 
 
 def peer_of(result: dict, row: str) -> float:

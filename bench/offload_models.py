@@ -236,8 +236,3 @@ def blocks(q: Quantised) -> np.ndarray:
         first, second = q.codes.view(N, K // 32, 2, 8).unbind(2)  # two numbers a byte, of the first 16 and the last
         codes = torch.stack((first & 15 | second << 4, first >> 4 | second & 240), -1).flatten(-2)
     return torch.cat([scales, codes], -1).flatten().numpy()
-
-
-def bytes_of(path: Path) -> int:
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(f.stat().st_size for f in files)
