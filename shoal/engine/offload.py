@@ -15,8 +15,7 @@ Which experts lie where changes no number: the same matrices are multiplied with
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from time import perf_counter
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -50,22 +49,8 @@ class OffloadStats:
     read_ahead: int = 0  # experts whose reading was begun before they were chosen
     bytes_read: int = 0
     seconds_reading: float = 0.0  # in which at least one read was going on
-    seconds_waiting: float = 0.0  # in which nothing else was done
     guessed: int = 0  # experts foretold, read or not
     right: int = 0  # of them chosen
-
-    @property
-    def hit_rate(self) -> float:
-        return self.found / self.chosen if self.chosen else 1.0
-
-    @property
-    def precision(self) -> float:
-        return self.right / self.guessed if self.guessed else 0.0
-
-    @property
-    def read_rate(self) -> float:
-        """Bytes/s of the disk while it was asked."""
-        return self.bytes_read / self.seconds_reading if self.seconds_reading else 0.0
 
 
 class Slots:
@@ -136,12 +121,10 @@ class Offload:
         self._ahead: set[int] = set()  # of these, the ones that are read because of it
         self._trust = 1.0
         self._counts = dict.fromkeys(("chosen", "found", "foretold", "read_ahead", "guessed", "right"), 0)
-        self._waited = 0.0
 
     def stats(self) -> OffloadStats:
         s = self.store
-        read = {"bytes_read": s.bytes_read, "seconds_reading": s.seconds_reading, "seconds_waiting": self._waited}
-        return OffloadStats(**self._counts, **read)
+        return OffloadStats(**self._counts, bytes_read=s.bytes_read, seconds_reading=s.seconds_reading)
 
     @contextmanager
     def chosen(self, mixture: int, busy: Sequence[int]) -> Iterator[Iterator[Batch]]:
@@ -219,9 +202,7 @@ class Offload:
         if not any(x in self._jobs for x in left):  # all slots are held for what was foretold
             self._let_go()
             self._fetch(left)
-        began = perf_counter()
         self.store.wait([self._jobs[x] for x in left if x in self._jobs])
-        self._waited += perf_counter() - began
         arrived = [x for x in left if x in self._jobs and self._jobs[x].ended]
         for x in arrived:
             if error := self._jobs.pop(x).error:
@@ -265,9 +246,7 @@ def counted(model: Transformer) -> dict[str, Any]:
     last = model.layers[-1].get_submodule("ffn")
     if not isinstance(last, MoE) or not isinstance(last.experts, OffloadedExperts):
         return {}
-    s = last.experts.offload.stats()
-    names = {"chosen", "found", "foretold", "read_ahead", "guessed", "right", "bytes_read", "seconds_reading"}
-    return {f"experts_{name}": getattr(s, name) for name in names}
+    return {f"experts_{name}": n for name, n in asdict(last.experts.offload.stats()).items()}
 
 
 class OffloadedExperts(nn.Module):

@@ -52,7 +52,7 @@ def test_tokens_are_those_of_the_resident_model(tmp_path, config, form: str, n_s
     near, read = ([r.tokens for r in engine.generate(asked)] for engine in engines)
     assert read == near
     s = o.stats()
-    assert s.guessed > 0 and (n_slots < 40 or s.hit_rate > 0.5)
+    assert s.guessed > 0 and (n_slots < 40 or s.found > 0.5 * s.chosen)
     for engine in engines:
         engine.close()
     o.store.close()
