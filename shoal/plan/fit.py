@@ -24,6 +24,7 @@ from shoal.model.counts import count_parameters
 from shoal.plan.memory import cache_bytes_per_token, numbers
 
 Form = Literal["bf16", "fp8", "int8", "int4"]
+Memory = Literal["GPU memory", "RAM"]
 FORMS: tuple[Form, ...] = ("bf16", "fp8", "int8", "int4")
 GROUP = 128  # numbers of a row that share a 16-bit scale, in int8 and int4
 SCALED: dict[Form, float] = {"bf16": 2, "fp8": 1 + 4 / 128**2, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}
@@ -244,7 +245,8 @@ def fit(config: ModelConfig, form: Form, machine: Hardware, context: int, hit_ra
     if all_on_gpu:
         gpu = {"process": GPU_PROCESS_BYTES, "weights": w.total, "cache": cache, "buffers": buffers}
         places = {"GPU": gpu, "RAM": {"process": PROCESS_BYTES}}
-        return timed(Fit(form, w, True, "", smallest_budget(PROCESS_BYTES), places, 1.0), config, machine, cache)
+        found = Fit(form, w, True, "", smallest_budget(PROCESS_BYTES), places, 1.0)
+        return timed(found, config, machine, near="GPU memory", far="GPU memory", cache=cache)
     beside = 0 if on_gpu else w.near
     host = {"near": beside, "cache": 0 if on_gpu else cache, "process": PROCESS_BYTES}
     host |= {"buffers": 0 if on_gpu else buffers, "expert": w.expert, "n_experts": w.n_experts}
@@ -267,26 +269,24 @@ def fit(config: ModelConfig, form: Form, machine: Hardware, context: int, hit_ra
         rest = w.n_experts - division.slots
         places["disk"] = {f"{rest:,} experts": rest * w.expert} | ({} if on_gpu else {"embedding": w.embedding})
     rate = 1.0 if division.slots == w.n_experts else division.hit_rate if hit_rate is None else hit_rate
-    return timed(Fit(form, w, True, "", smallest, places, rate), config, machine, cache)
+    found = Fit(form, w, True, "", smallest, places, rate)
+    return timed(found, config, machine, near="GPU memory" if on_gpu else "RAM", far="RAM", cache=cache)
 
 
-def timed(f: Fit, config: ModelConfig, machine: Hardware, cache: int) -> Fit:
-    """With bytes and seconds a token on each link. The cache is read to its end once."""
+def timed(f: Fit, config: ModelConfig, machine: Hardware, near: Memory, far: Memory, cache: int) -> Fit:
+    """With bytes and seconds a token on each link: near weights and cache are read from `near`, the cache to its end
+    once; experts from `far`, as far as the disk hasn't them."""
     w = f.weights
     chosen = w.chosen * w.expert
-    near = w.near + cache
-    all_on_gpu = "weights" in f.places.get("GPU", {})
-    on_gpu = "GPU" in f.places
-    moved = {
-        "GPU memory": near + chosen if all_on_gpu else near if on_gpu else 0,
-        "bus": 4 * config.dim * w.chosen / max(1, least_experts(config.moe)) if on_gpu and not all_on_gpu else 0,
-        "RAM": 0 if all_on_gpu else chosen if on_gpu else near + chosen,
-        "disk": (1 - f.hit_rate) * chosen,
-    }
+    moved = {"GPU memory": 0.0, "bus": 0.0, "RAM": 0.0, "disk": (1 - f.hit_rate) * chosen}
+    moved[near] += w.near + cache
+    moved[far] += chosen
+    if near != far:
+        moved["bus"] = 4 * config.dim * w.chosen / max(1, least_experts(config.moe))
     rates = {"GPU memory": machine.gpu_rate, "bus": machine.bus_rate, "RAM": machine.ram_rate}
     rates["disk"] = machine.disk_rate
     seconds = {link: n / rates[link] for link, n in moved.items() if n}
-    of_experts, of_disk = 0 if all_on_gpu else chosen / machine.ram_rate, seconds.get("disk", 0)
+    of_experts, of_disk = chosen / rates[far], seconds.get("disk", 0)
     token = sum(seconds.values()) - of_experts - of_disk + max(of_experts, of_disk)
     moved = {link: n for link, n in moved.items() if n}
     return replace(f, bytes_per_token=moved, seconds=seconds, tokens_per_s=1 / token)
