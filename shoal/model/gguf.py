@@ -1,9 +1,9 @@
 """GGUF files: llama.cpp's models, by our names.
 
 `GGUF(path)` opens one (gguf_file), translates its settings (gguf_config) and holds names and shapes against the model;
-`tensor` gives each matrix by the name it has in Hugging Face folders (hf_names), in the bits it is stored in
-(gguf_blocks). To `hf.opened` it is what hf_stored.Stored is of a folder, so whatever opens folders opens files. What
-llama.cpp's converter did to some tensors is undone:
+each matrix is found by the name it has in Hugging Face folders (hf_names), in the bits it is stored in (gguf_blocks).
+To `hf.opened` it is what hf_stored.Stored is of a folder, so whatever opens folders opens files. What llama.cpp's
+converter did to some tensors is undone:
 
 - Experts are stacked, [E, rows, columns] each of gate, up and down, or gate and up in one: one expert's rows are read.
 - The up-projection of the latent is split by head, into keys, transposed so that they can be absorbed into the query,
@@ -51,12 +51,6 @@ class GGUF:
             state = Transformer(self.config).state_dict()
         self.pieces = {p.name: p for p in pieces(self.config, ((name, tuple(x.shape)) for name, x in state.items()))}
         self._check()
-
-    def tensor(self, name: str) -> Tensor | Quantised:
-        """As it is stored where we have a form for it, else fp32. Stored floats are the mapped file: reading only."""
-        piece = self.pieces[name]
-        found = self._rows(piece, 0, rows_of(piece.shape))
-        return found if isinstance(found, Quantised) else found.view(piece.shape)
 
     def place(self, piece: Piece) -> tuple[int, int]:
         """Where it lies: the number of a file, and a byte of it."""
