@@ -19,6 +19,7 @@ from shoal.cli.export_gguf import WEIGHTS, to_file
 from shoal.cli.opened import DTYPES, MODEL_HELP, check_memory, check_vocabulary, end_ids, model_folder
 from shoal.cli.sizes import size
 from shoal.errors import ConfigError, ResourceError
+from shoal.model.gguf_config import is_gguf
 
 if TYPE_CHECKING:
     from shoal.ops.quant import Form
@@ -51,7 +52,7 @@ def convert(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument("--max-shard-size", default="5GB", help="of one file, such as 500MB; default 5GB")
     args = parser.parse_args(argv)
     shard_bytes, group = shard_size(args.max_shard_size), group_of(args.weights, args.group)
-    as_file = args.out.suffix == ".gguf"
+    as_file = is_gguf(args.out)
     check_weights(args.weights, args.dtype, as_file)
     with whole_output(args.out) as part:
         source = model_folder(args.model)
@@ -154,11 +155,11 @@ def said_of(source: Path) -> dict:
     from shoal.model.hf_files import read_json
 
     config = hf.load_config(source)
-    if not hf.is_gguf(source) and not (source / "tokenizer.json").exists():
+    if not is_gguf(source) and not (source / "tokenizer.json").exists():
         return read_json(source, "config.json")
     tokenizer = Tokenizer.load(source)
     check_vocabulary(tokenizer.vocab_size, config.vocab_size)
-    if hf.is_gguf(source):
+    if is_gguf(source):
         return to_hf_config(config, "bfloat16", tokenizer.bos_id, tokenizer.eos_id)
     return read_json(source, "config.json")
 
@@ -169,7 +170,7 @@ def copy_beside(source: Path, target: Path) -> None:
     from shoal.model import hf
     from shoal.model.hf_files import open_regular, read_json, write_json
 
-    if hf.is_gguf(source):
+    if is_gguf(source):
         Tokenizer.load(source).save(target)
         ends = list(end_ids(source, hf.load_config(source).vocab_size))
         if len(ends) > 1:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shoal.errors import CheckpointError, ModelError, ResourceError, RunError
 from shoal.model.config import ModelConfig
+from shoal.model.gguf_config import is_gguf
 from shoal.run import Run, find
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Opened(NamedTuple):
 def model_folder(name: str) -> Path:
     """The folder or GGUF file MODEL names. A checkpoint is checked byte by byte; a run's damaged ones are passed by."""
     path = Path(name)
-    if path.suffix == ".gguf" and path.exists():
+    if is_gguf(path) and path.exists():
         return path
     if (path / "config.json").exists():
         whole(path)
@@ -128,7 +129,7 @@ def end_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json: absent, one id, or a list of them. Raises ModelError."""
     from shoal.model.hf_files import read_json
 
-    if folder.suffix == ".gguf":
+    if is_gguf(folder):
         from shoal.data.gguf_tokenizer import turn_ends
 
         return turn_ends(folder, vocab_size)

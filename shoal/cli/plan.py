@@ -16,6 +16,7 @@ from rich.table import Table
 from shoal.cli.sizes import rate, size
 from shoal.errors import ConfigError, ModelError
 from shoal.model.config import ModelConfig
+from shoal.model.gguf_config import is_gguf
 from shoal.model.presets import PRESETS
 from shoal.plan.fit import FORMS, Fit, Form, Hardware, fit
 from shoal.plan.hardware import BUS_RATE, DISK_RATES, GPU_RATE, GPUS, RAM_RATE
@@ -72,7 +73,7 @@ def described(name: str) -> tuple[ModelConfig, Path | None]:
         from shoal.model.hf_config import read_config
         from shoal.model.hf_files import read_json
 
-        if path.suffix == ".gguf":
+        if is_gguf(path):
             from shoal.model.hf import load_config
 
             return load_config(path), path.parent

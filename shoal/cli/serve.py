@@ -13,6 +13,7 @@ from shoal.cli.budget import add_memory, open_sized
 from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, turns_of
 from shoal.cli.sizes import size
 from shoal.errors import ConfigError, ResourceError
+from shoal.model.gguf_config import is_gguf
 from shoal.runtime import cache_root
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def make_server(
 def model_name(folder: Path) -> str:
     """A checkpoint goes by its run's name, a GGUF file by its own without the ending."""
     folder = folder.resolve()
-    if folder.suffix == ".gguf":
+    if is_gguf(folder):
         return folder.stem
     return folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
 

@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from shoal.data.config import LEAST_VOCAB
 from shoal.errors import DataError
+from shoal.model.gguf_config import is_gguf
 
 
 class Special(str):
@@ -88,7 +89,7 @@ class Tokenizer:
         """Open a tokenizer.json, a folder that has one, or a GGUF file. The names of bos and eos and the chat template
         come from tokenizer_config.json beside it; a chat_template.jinja goes first."""
         path = Path(path)
-        if path.suffix == ".gguf":
+        if is_gguf(path):
             from shoal.data.gguf_tokenizer import tokenizer_in
 
             return tokenizer_in(path)

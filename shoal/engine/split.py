@@ -17,6 +17,7 @@ from shoal.engine.experts import Expert, Located, Store, slot_bytes
 from shoal.engine.offload import Offload, OffloadedExperts, StoredRows
 from shoal.errors import ModelError
 from shoal.model import hf
+from shoal.model.gguf_config import is_gguf
 from shoal.model.hf_files import AGAIN, Entry
 from shoal.model.hf_names import Piece
 from shoal.model.hf_stored import INTEGERS, PACKED, SCALE, SCALE_INV, WORD_BITS, Stored
@@ -40,7 +41,7 @@ class Parts(NamedTuple):
 
 def examine(folder: Path, dtype: torch.dtype) -> Parts:
     """Raises ModelError."""
-    if hf.is_gguf(folder):
+    if is_gguf(folder):
         fix = f"write it as one first: shoal import {folder} FOLDER --weights int8"
         raise ModelError(f"a memory budget for {folder}", "a folder, whose matrices can be read one at a time", fix)
     model, stored = hf.opened(folder, dtype)

@@ -15,6 +15,7 @@ Torch-free.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.errors import ModelError
@@ -103,6 +104,11 @@ class Settings:
 
     def translated(self, keys: Mapping[str, str]) -> dict:
         return {theirs: self.get(ours) for ours, theirs in keys.items() if self.get(ours) is not None}
+
+
+def is_gguf(path: Path | str) -> bool:
+    """Whether it names a file of llama.cpp's."""
+    return Path(path).suffix == ".gguf"
 
 
 def model_config(metadata: "Mapping[str, Value]", where: str, vocab_size: int, tied: bool, n_mtp: int) -> ModelConfig:

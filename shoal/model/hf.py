@@ -22,6 +22,7 @@ from torch import Tensor
 from shoal.errors import ModelError
 from shoal.model.config import ModelConfig
 from shoal.model.gguf import GGUF
+from shoal.model.gguf_config import is_gguf
 from shoal.model.hf_config import read_config, to_hf_config
 from shoal.model.hf_files import Planned, TensorFolder, read_json, write_json, write_tensors
 from shoal.model.hf_names import Piece, copies, pieces
@@ -93,10 +94,6 @@ def allocate(model: Transformer, device: torch.device | str) -> None:
         model.head.weight = model.embed.weight
     for buffer in model.buffers():
         buffer.zero_()  # the router's bias, which softmax models have no tensor for
-
-
-def is_gguf(path: Path | str) -> bool:
-    return Path(path).suffix == ".gguf"
 
 
 def as_folder(folder: Path | str) -> Path:
