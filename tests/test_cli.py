@@ -1,6 +1,7 @@
 """The command line: help without torch, misspellings, errors without traces, verbs that read run directories."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -80,6 +81,28 @@ def test_our_own_faults_keep_their_trace(monkeypatch):
     monkeypatch.setattr(doctor, "main", lambda argv: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         main.run_verb("doctor", [])
+
+
+CUT = """
+import mmap, sys
+from shoal.cli import main
+
+def cut(verb, rest):
+    with open(rest[0], "w+b") as f:
+        f.truncate(8192)
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        f.truncate(0)
+        mapped[0]
+
+main.run_verb = cut
+main.main()
+"""
+
+
+def test_a_process_that_the_system_ends_says_where_it_was(tmp_path):
+    command = [sys.executable, "-c", CUT, "serve", str(tmp_path / "weights")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGBUS and "Bus error" in ended.stderr and "in cut" in ended.stderr
 
 
 def test_pretrain_tells_its_own_flags_from_the_configs():

@@ -3,6 +3,7 @@
 Nothing here imports torch, numpy or rich, so that help and misspellings are answered at once.
 """
 
+import faulthandler
 import os
 import sys
 from difflib import get_close_matches
@@ -46,6 +47,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def main() -> int:
+    faulthandler.enable(2)  # an end by the system (SIGBUS: a mapped file was cut short) says where it was
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())

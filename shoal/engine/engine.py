@@ -83,8 +83,8 @@ class LocalEngine:
         """`memory_bytes` are for the cache. `speculate`: how many tokens ahead the model's module may draft (0: none).
 
         `deterministic`: a request's tokens and log-probabilities depend on nothing but itself (see runner.RowByRow).
-        `disk` keeps full pages beyond memory; it is closed with the engine. `unchanged` is called before every step; it
-        raises StorageError where the files that weights are mapped from are no longer what they were.
+        `disk` keeps full pages beyond memory; it is closed with the engine. `unchanged` is called before and
+        after every step; it raises StorageError where the files that weights are mapped from aren't what they were.
         """
         weight, config = model.embed.weight, model.config
         depth = speculate if config.n_mtp else 0
@@ -344,6 +344,7 @@ class LocalEngine:
             if only_decoding:
                 seconds = perf_counter() - start
                 self._speculator.worth.record(len(work), sum(len(gain.tokens) for gain in gains), seconds, steps)
+        self._unchanged()  # before anybody is told
         self._seconds = seconds / steps
         with self._wake:
             self._steps += steps

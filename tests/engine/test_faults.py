@@ -12,7 +12,7 @@ from shoal.engine.engine import LocalEngine
 from shoal.engine.request import Sampling, Step
 from shoal.engine.runner import Runner
 from shoal.engine.speculate import Speculator
-from shoal.errors import RequestError
+from shoal.errors import RequestError, StorageError
 from shoal.model.transformer import Transformer
 from tests.engine.models import (
     KINDS,
@@ -63,6 +63,27 @@ def test_a_failing_step_ends_who_was_in_it(made, monkeypatch, caplog):
     assert "error" in [r.finish for r in results]
     assert all(r.error and "secret" not in r.error for r in results if r.finish == "error")
     assert ids(engine.generate([request(prompt(70), 20)])[0]) == expected(model(), prompt(70), 20)
+
+
+def test_what_was_computed_while_files_changed_is_not_told(made, monkeypatch, caplog):
+    changed, run = [], Runner.run
+
+    def unchanged() -> None:
+        if changed:
+            raise StorageError("a file was changed", "one that stays", "open it again")
+
+    def meanwhile(self, work, chosen=None):
+        changed.append(work)
+        return run(self, work, chosen)
+
+    engine = made(unchanged=unchanged)
+    with caplog.at_level(logging.CRITICAL), monkeypatch.context() as fault:
+        fault.setattr(Runner, "run", meanwhile)
+        (result,) = engine.generate([request(prompt(70), 5)])
+    assert not result.tokens and "could not be read from the disk" in str(result.error)
+    changed.clear()
+    again = engine.generate([request(prompt(70), 5)])[0]
+    assert ids(again) == expected(model(), prompt(70), 5) and again.usage.cached == 0
 
 
 def test_books_that_went_wrong_are_begun_anew(made, monkeypatch, caplog):
