@@ -62,6 +62,7 @@ def score(opened: Opened, text: str, window: int) -> dict:
     if len(tokens) < 2:
         raise DataError("a text of one token", "two or more: the first one has nothing before it", "give more text")
     found = log_probs(opened.model, torch.tensor(tokens, device=opened.model.embed.weight.device), window).double()
+    opened.unchanged()
     n_bytes = int(t.byte_lengths()[tokens[1:]].sum())
     bits = -found.sum().item() / math.log(2)
     return {"tokens": tokens, "logprobs": found.tolist(), "bits_per_byte": bits / max(n_bytes, 1), "bytes": n_bytes}

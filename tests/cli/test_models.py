@@ -11,7 +11,7 @@ from shoal.cli import export, generate, import_, score
 from shoal.cli.main import run_verb
 from shoal.cli.opened import check_memory, check_vocabulary, end_ids, model_folder, open_model, turns_of
 from shoal.data.tokenizer import Tokenizer
-from shoal.errors import CheckpointError, ConfigError, DataError, ModelError, ResourceError
+from shoal.errors import CheckpointError, ConfigError, DataError, ModelError, ResourceError, StorageError
 from shoal.model import hf
 from shoal.model.presets import PRESETS
 from shoal.model.transformer import Transformer
@@ -117,6 +117,14 @@ def test_a_text_longer_than_the_context_is_scored_in_windows(folder, tmp_path, c
     for window in ("1", "513"):
         with pytest.raises(ConfigError, match="--window"):
             score.main([*map(str, asked), "--window", window])
+
+
+def test_what_was_scored_while_files_changed_is_not_told(folder):
+    def changed() -> None:
+        raise StorageError("a file was changed", "one that stays", "open it again")
+
+    with pytest.raises(StorageError):
+        score.score(open_model(str(folder), "float32")._replace(unchanged=changed), TEXT, 64)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", None])
