@@ -10,11 +10,13 @@ import torch
 from shoal.engine import offload, split
 from shoal.engine.engine import LocalEngine
 from shoal.engine.experts import Job
+from shoal.engine.native import Native
 from shoal.engine.offload import Offload, Slots
 from shoal.errors import StorageError
+from shoal.ops import cpu
 from shoal.precision import weights
 from tests.engine import stored
-from tests.engine.models import LATENT, ids, model, prompt, request
+from tests.engine.models import LATENT, WIDE, ids, model, prompt, request
 
 CONFIG = replace(LATENT, n_mtp=0)
 A, E = 2, 8  # experts chosen of how many
@@ -185,11 +187,13 @@ def test_an_expert_that_can_not_be_read_leaves_its_slot_empty():
     assert not o._slots._held.any() or o._jobs
 
 
-@pytest.mark.parametrize("fault", ["error", "cut", "changed"])
-def test_a_fault_of_the_disk_ends_the_request_and_no_wrong_token_is_told(tmp_path, monkeypatch, fault: str):
-    path = stored.write(tmp_path / "m", CONFIG, "int8", stored.of(model(CONFIG)))
+@pytest.mark.parametrize("config", [CONFIG, replace(WIDE, n_mtp=0)], ids=["modules", "program"])
+@pytest.mark.parametrize("fault", ["error", "row", "cut", "changed"])
+def test_a_fault_of_the_disk_ends_the_request_and_no_wrong_token_is_told(tmp_path, monkeypatch, config, fault: str):
+    path = stored.write(tmp_path / "m", config, "int8", stored.of(model(config)))
     far, o = split.load(split.examine(path, torch.bfloat16), 2, direct=True)
     engine, file = LocalEngine(far), path / "model.safetensors"
+    assert isinstance(engine._runner, Native) == (config is not CONFIG and "native" in cpu.status())
     asked, times = request(prompt(9), 6), file.stat()
     (expected,) = engine.generate([asked])
     read = os.preadv
@@ -199,7 +203,7 @@ def test_a_fault_of_the_disk_ends_the_request_and_no_wrong_token_is_told(tmp_pat
         elif fault == "cut":
             failing.setattr(os, "preadv", lambda fd, to, at: read(fd, to, at) if len(to[0]) < PAGES else 0)
         else:
-            failing.setattr(os, "preadv", failing_after(3))
+            failing.setattr(os, "preadv", failing_after(3, whole=fault == "error"))
         (result,) = engine.generate([request(prompt(9, 3), 6)])
         assert result.finish == "error" and "disk" in (result.error or "")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -211,11 +215,12 @@ def test_a_fault_of_the_disk_ends_the_request_and_no_wrong_token_is_told(tmp_pat
 PAGES = 4096  # an embedding's row is shorter, an expert longer
 
 
-def failing_after(n: int):
+def failing_after(n: int, whole: bool):
+    """Of the reads of whole experts, or of rows, all but the first."""
     left, read = [n], os.preadv
 
     def preadv(fd, to, at) -> int:
-        if len(to[0]) >= PAGES:
+        if (len(to[0]) >= PAGES) == whole:
             left[0] -= 1
             if left[0] < 0:
                 raise OSError(errno.EIO, "Input/output error")
