@@ -82,6 +82,12 @@ def slot_bytes(experts: Iterable[Expert]) -> int:
     return max(r[-1].at + r[-1].end - r[-1].start for r in map(runs, experts))
 
 
+class Placed(tuple[Matrix, Matrix, Matrix]):
+    """Gate, up and down where they lie; and how a program placed them, once one has."""
+
+    kept: bytes | None = None
+
+
 class Job:
     """One expert on its way into a slot."""
 
@@ -112,7 +118,7 @@ class Store:
         with suppress(OSError):  # a kernel without large pages
             self._arena.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._arena)
-        self._made: dict[int, tuple[Matrix, Matrix, Matrix]] = {}  # of what was last read, by slot
+        self._made: dict[int, Placed] = {}  # of what was last read, by slot
         self._queue: list[tuple[bool, int, Job]] = []
         self._numbers = count()
         self._work, self._end = Condition(), Condition()
@@ -158,17 +164,17 @@ class Store:
         self._made.pop(slot, None)
         self._arena.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
 
-    def matrices(self, expert: int, slot: int) -> tuple[Matrix, Matrix, Matrix]:
+    def matrices(self, expert: int, slot: int) -> Placed:
         """Gate, up and down of the expert that was read into this slot: the same objects until another read begins."""
         if slot not in self._made:
             self._made[slot] = self.like(expert, slot)
         return self._made[slot]
 
-    def like(self, expert: int, slot: int = 0) -> tuple[Matrix, Matrix, Matrix]:
+    def like(self, expert: int, slot: int = 0) -> Placed:
         """Its form and sizes; its numbers where it is in this slot, else nothing is known of them."""
         where = runs(self.experts[expert])
         gate, up, down = (self._matrix(located, where, slot * self.slot_bytes) for located in self.experts[expert])
-        return gate, up, down
+        return Placed((gate, up, down))
 
     def _matrix(self, m: Located, where: list[Run], base: int) -> Matrix:
         def tensor(e: Entry, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoal.engine.experts import Expert, Job, Matrix, Store
+from shoal.engine.experts import Expert, Job, Matrix, Placed, Store
 from shoal.model.hf_files import Entry, TensorFolder
 from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
@@ -36,7 +36,7 @@ LOOK = 16  # steps from one look at the process's memory to the next
 WORTH = 0.5  # share of foretold experts that must be chosen, for the reading of them to be worth the disk's time
 MEMORY = 0.02  # what the last foretelling counts in that share
 
-Batch = list[tuple[int, tuple[Matrix, Matrix, Matrix]]]  # experts by their number in the layer; gate, up, down
+Batch = list[tuple[int, Placed]]  # experts by their number in the layer; gate, up, down
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class OffloadedExperts(nn.Module):
         first = self.mixture * self.offload.E
         return self.offload.store.experts[first : first + self.offload.E]
 
-    def like(self) -> tuple[Matrix, Matrix, Matrix]:
+    def like(self) -> Placed:
         """The first one's form and sizes; of its numbers nothing is known."""
         return self.offload.store.like(self.mixture * self.offload.E)
 

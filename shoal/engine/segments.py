@@ -13,14 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.engine.experts import Matrix
+from shoal.engine.experts import Placed
 from shoal.engine.offload import Offload, OffloadedExperts
 from shoal.model.block import Block
 from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
 from shoal.ops.program import Matrices, Program, Rows
-
-Placed = tuple[Matrix, Matrix, Matrix]
 
 
 class Segments:
@@ -33,7 +31,6 @@ class Segments:
         experts = [block.ffn.experts for block in blocks if isinstance(block.ffn, MoE)]
         assert isinstance(experts[0], OffloadedExperts)
         self.offload: Offload = experts[0].offload
-        self._known: dict[tuple[int, int], tuple[Placed, bytes]] = {}
 
     def run(self, rows: Rows, n: int) -> None:
         """As `Program.run`, of instructions that end behind the last mixture. Raises StorageError."""
@@ -47,7 +44,7 @@ class Segments:
                 first = mixture.routed
                 for batch in batches:
                     for e, matrices in batch:
-                        self._place(i, mixture.experts, e, matrices)
+                        place(mixture.experts, e, matrices)
                     self.program.run(rows, mixture.gated + 2, first, partly=True)
                     for e, _ in batch:
                         mixture.experts.clear(e)
@@ -55,18 +52,18 @@ class Segments:
             first = mixture.gated + 2
         self.program.run(rows, n, first)
 
-    def _place(self, i: int, experts: Matrices, e: int, matrices: Placed) -> None:
-        """As it was placed the last time, if it hasn't moved since."""
-        known = self._known.get((i, e))
-        if known and known[0] is matrices:
-            experts.put(e, known[1])
-        else:
-            experts.place(e, *matrices)
-            self._known[i, e] = matrices, experts.kept(e)
-
     def _foretell(self, mixture: int, T: int) -> None:
         if mixture < len(self.blocks):
             block = self.blocks[mixture]
             assert isinstance(block.ffn, MoE)
             chosen = block.ffn.router(block.ffn_norm(self.x_TD[:T])).experts_TK
             self.offload.foretell(mixture, set(chosen.flatten().tolist()))
+
+
+def place(experts: Matrices, e: int, matrices: Placed) -> None:
+    """As they were placed the last time, if there was one since they were read."""
+    if matrices.kept is None:
+        experts.place(e, *matrices)
+        matrices.kept = experts.kept(e)
+    else:
+        experts.put(e, matrices.kept)

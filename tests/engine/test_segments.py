@@ -1,12 +1,15 @@
 """A native program whose experts come and go says what the one does whose experts are all there."""
 
+import gc
 from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
 
 from shoal.engine import native, split
 from shoal.engine.engine import LocalEngine
+from shoal.engine.experts import Placed, Store
 from shoal.engine.native import Native
 from shoal.engine.request import Sampling
 from shoal.model.transformer import Transformer
@@ -70,6 +73,28 @@ def test_experts_of_several_forms_are_left_to_modules(tmp_path, monkeypatch):
     assert read == near
     for engine in engines:
         engine.close()
+    o.store.close()
+
+
+def test_nothing_is_kept_of_experts_that_left(tmp_path, monkeypatch):
+    """A budget counts slots, and not what was made of all that were ever in one."""
+    made, like = [], Store.like
+
+    def watched(self: Store, expert: int, slot: int = 0) -> Placed:
+        found = like(self, expert, slot)
+        made.append(ref(found[0]))
+        return found
+
+    monkeypatch.setattr(Store, "like", watched)
+    config = replace(V2, n_mtp=0)
+    path = stored.write(tmp_path / "m", config, "fp8-bf16", stored.of(Transformer(config).init_weights(0)))
+    far, o = split.load(split.examine(path, torch.bfloat16), 3, direct=False)
+    engine = LocalEngine(far)
+    assert isinstance(engine._runner, Native)
+    engine.generate([request(prompt(20), 9)])
+    gc.collect()
+    assert len(made) > 20 and sum(matrix() is not None for matrix in made) <= 3
+    engine.close()
     o.store.close()
 
 
