@@ -134,7 +134,6 @@ def main() -> None:
 def measure(case: Case) -> dict:
     """Tokens a second of both sides (only ours for V3's layers), and what was seen of ours."""
     folder = drawn.prepare(case.model)
-    before = disk_bytes_per_s(next(folder.glob("*.safetensors")))
     why = no_groups()
     peer = case.model.startswith("lite") and why is None and llama.missing() is None
     if why or not peer:
@@ -150,8 +149,7 @@ def measure(case: Case) -> dict:
         stack.callback(watch.close)
         if peer:
             servers.append(stack.enter_context(theirs(case, groups[1])))
-        rates, seen = take_rounds(case, servers)
-        disk = max(before, disk_bytes_per_s(next(folder.glob("*.safetensors"))))  # others may be at it
+        rates, seen, disk = take_rounds(case, servers, next(folder.glob("*.safetensors")))
         hardware = Hardware(case.memory, read_bytes_per_s(), disk)
         print(servers[0].log.read_text()[:600].partition("chat page")[0])
         resident = watch.close()
@@ -175,11 +173,16 @@ def theirs(case: Case, group: Group) -> Server:
     return Server(f"llama-server {case.model}", group.command([str(llama.program("llama-server")), *flags]))
 
 
-def take_rounds(case: Case, servers: list[Server]) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """The first round warms up: experts that are used find their places."""
+def take_rounds(
+    case: Case, servers: list[Server], file: Path
+) -> tuple[dict[str, list[float]], dict[str, float], float]:
+    """The first round warms up: experts that are used find their places. The disk, which others use too, is measured on
+    a file of the model before every round: its median."""
+    disks: list[float] = []
     rates: dict[str, list[float]] = {server.name: [] for server in servers}
     begun: dict[str, float] = {}
     for i in range(1 + case.rounds):
+        disks.append(disk_bytes_per_s(file))
         for server in turned(servers, i):
             n = case.tokens if i else case.warm
             seconds, (streamed,) = asyncio.run(together(server, [body(case, i, n)]))
@@ -190,7 +193,7 @@ def take_rounds(case: Case, servers: list[Server]) -> tuple[dict[str, list[float
                 rates[server.name].append(rate)
             elif server is servers[0]:
                 begun = metrics(server)
-    return rates, difference(begun, metrics(servers[0]), case.rounds * case.tokens)
+    return rates, difference(begun, metrics(servers[0]), case.rounds * case.tokens), median(disks)
 
 
 def body(case: Case, seed: int, n: int) -> dict:
@@ -269,7 +272,7 @@ def agrees(ratio: float) -> bool:
 
 
 def doubted(seen: dict[str, float], machine: Hardware) -> str | None:
-    """Why the prediction is not one of this run: its disk was faster than what was measured before and after."""
+    """Why the prediction is not one of this run: its disk was faster than it was between its rounds."""
     if seen["disk_bytes_per_s"] <= machine.disk_rate:
         return None
     gave, known = seen["disk_bytes_per_s"] / 1e9, machine.disk_rate / 1e9

@@ -15,7 +15,7 @@ Rates are sustained ones; real routers prefer some experts, and then more are fo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import floor
+from math import comb, floor
 from typing import Literal
 
 from shoal.errors import ResourceError
@@ -286,7 +286,17 @@ def timed(f: Fit, config: ModelConfig, machine: Hardware, near: Memory, far: Mem
     rates = {"GPU memory": machine.gpu_rate, "bus": machine.bus_rate, "RAM": machine.ram_rate}
     rates["disk"] = machine.disk_rate
     seconds = {link: n / rates[link] for link, n in moved.items() if n}
-    of_experts, of_disk = chosen / rates[far], seconds.get("disk", 0)
-    token = sum(seconds.values()) - of_experts - of_disk + max(of_experts, of_disk)
+    token = sum(seconds.values()) - chosen / rates[far] - seconds.get("disk", 0)
+    if chosen:
+        A = least_experts(config.moe)
+        read = w.expert / machine.disk_rate if f.hit_rate < 1 else 0.0
+        token += w.chosen / A * layer_seconds(A, f.hit_rate, w.expert / rates[far], read)
     moved = {link: n for link, n in moved.items() if n}
     return replace(f, bytes_per_token=moved, seconds=seconds, tokens_per_s=1 / token)
+
+
+def layer_seconds(chosen: int, hit_rate: float, computed: float, read: float) -> float:
+    """Expected seconds of a layer's experts, each `computed` or `read` in so many: what is missing is read while the
+    others are computed, but not before the layer has chosen, so one layer's luck is no help to another."""
+    missing = (comb(chosen, k) * (1 - hit_rate) ** k * hit_rate ** (chosen - k) for k in range(chosen + 1))
+    return sum(share * max(chosen * computed, k * read) for k, share in enumerate(missing))

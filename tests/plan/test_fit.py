@@ -8,7 +8,7 @@ from shoal.errors import ResourceError
 from shoal.model.counts import count_parameters
 from shoal.model.presets import PRESETS
 from shoal.plan import fit as plan
-from shoal.plan.fit import Hardware, divide, fit, weights
+from shoal.plan.fit import Hardware, divide, fit, layer_seconds, weights
 from shoal.plan.memory import cache_bytes_per_token
 
 GIB = 2**30
@@ -41,16 +41,22 @@ def test_bytes_in_all_places_are_within_what_they_hold():
         assert experts == f.weights.experts
 
 
-def test_a_token_waits_for_its_near_part_and_for_the_slower_of_reading_and_computing_experts():
+def test_a_token_waits_for_its_near_part_and_layer_by_layer_for_the_slower_of_reading_and_computing_experts():
     f = fit(LITE, "int4", LAPTOP, 1000)
     w, cache = f.weights, 1000 * cache_bytes_per_token(LITE)
     chosen = 26 * 6 * w.expert
-    read = (1 - f.hit_rate) * chosen / LAPTOP.disk_rate
-    assert f.limit == "disk" and read > chosen / LAPTOP.ram_rate
-    assert 1 / f.tokens_per_s == pytest.approx((w.near + cache) / LAPTOP.ram_rate + read)
+    computed, read = chosen / LAPTOP.ram_rate, (1 - f.hit_rate) * chosen / LAPTOP.disk_rate
+    assert f.limit == "disk" and read > computed
+    experts = 1 / f.tokens_per_s - (w.near + cache) / LAPTOP.ram_rate
+    assert read < experts < read + computed
     assert all(bound >= f.tokens_per_s for bound in f.bounds().values())
     known = fit(LITE, "int4", LAPTOP, 1000, hit_rate=1.0)
     assert 1 / known.tokens_per_s == pytest.approx((w.near + cache + chosen) / LAPTOP.ram_rate)
+
+
+def test_a_layer_waits_for_what_it_misses_as_often_as_it_misses():
+    assert layer_seconds(2, 0.75, 1.0, 3.0) == pytest.approx((0.75**2) * 2 + 2 * 0.75 * 0.25 * 3 + (0.25**2) * 6)
+    assert layer_seconds(8, 1.0, 1.0, 0.0) == layer_seconds(8, 0.0, 1.0, 1.0) == 8.0
 
 
 def test_what_fits_whole_reads_nothing_from_the_disk():
