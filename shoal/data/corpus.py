@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.data.config import DataConfig
-from shoal.data.sources import Generator, Source, resolve
+from shoal.data.sources import Generator, Source, is_corpus, resolve
 from shoal.data.tokenizer import RECIPE, Special, Tokenizer
 from shoal.errors import DataError, ResourceError
 from shoal.runtime import cache_root
@@ -95,10 +95,9 @@ class Corpus:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises DataError where a model of `vocab_size` has no row for some token."""
         if self.tokenizer.vocab_size > vocab_size:
-            got = f"a model of {vocab_size} tokens and a corpus of {self.tokenizer.vocab_size}"
-            raise DataError(
-                got, "a model vocabulary at least as large", "prepare the corpus with the model's tokenizer"
-            )
+            n = self.tokenizer.vocab_size
+            fix = f"set --model.vocab_size {n}, or take text and tokenizer of fewer tokens"
+            raise DataError(f"a model of {vocab_size} tokens and a corpus of {n}", "at least as many", fix)
 
 
 def prepare(
@@ -112,6 +111,8 @@ def prepare(
     `generators` are the generated sources by name: the tasks room's worked items, passed in from above. `say` hears
     what takes long. Raises DataError, and ResourceError when the disk is full.
     """
+    if out is None and len(config.sources) == 1 and is_corpus(config.sources[0]):
+        return opened(config)
     sources = [resolve(spec, generators or {}) for spec in config.sources]
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     settings = [config.val_suffixes, given.sha256 if given else (config.vocab_size, *RECIPE)]
@@ -128,6 +129,15 @@ def prepare(
     corpus = Corpus.open(folder)
     if corpus.info["key"] != key:
         raise DataError(f"{folder}, which holds another corpus", "an empty place", "choose another --out or remove it")
+    return corpus
+
+
+def opened(config: DataConfig) -> Corpus:
+    """The corpus folder that is the only source: its tokenizer and its split are taken as they are."""
+    corpus = Corpus.open(Path(config.sources[0]).expanduser())
+    if config.tokenizer and Tokenizer.load(config.tokenizer).sha256 != corpus.tokenizer.sha256:
+        got = f"{corpus.folder} with the tokenizer {config.tokenizer}"
+        raise DataError(got, "the one it was encoded with", "leave out data.tokenizer, or prepare it again")
     return corpus
 
 

@@ -4,6 +4,7 @@
     worked-arithmetic:20000     that many generated items with their worked answers, passed in by the caller (`tasks/`:
                                 worked-TASK for one task, worked-arithmetic and worked-tasks for several)
     path/to/folder, src/**/*.py, notes.txt, corpus.jsonl, corpus.parquet         files; a folder means every text in it
+    path/to/corpus              what `shoal data prepare` wrote, as the only source (`corpus.py` opens it as it is)
     hf:NAME_OR_FOLDER           a Hugging Face dataset's train split, with its `text` column
     SOURCE@3                    any of these, three times in the training split
 
@@ -58,11 +59,20 @@ def resolve(spec: str, generators: Mapping[str, Generator]) -> Source:
     elif name == "python-stdlib":
         stamp, documents = from_files(stdlib_files(), named=False)
         stamp += sys.version
+    elif is_corpus(name):
+        fix = "prepare one corpus of all the texts, or name the texts here"
+        raise DataError(f"{name}, a prepared corpus", "it alone, once, and to train on", fix)
     elif kind == "hf":
         stamp, documents = from_hugging_face(rest)
     else:
         stamp, documents = from_files(*find_files(name))
     return Source(name, hashlib.sha256(stamp.encode()).hexdigest(), documents, int(times))
+
+
+def is_corpus(name: str) -> bool:
+    """Whether a folder holds tokens, and not texts."""
+    folder = Path(name).expanduser()
+    return (folder / "corpus.json").is_file() and (folder / "train").is_dir()
 
 
 def from_generator(generate: Generator, count: str):

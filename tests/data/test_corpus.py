@@ -102,6 +102,19 @@ def test_a_given_tokenizer_is_used_as_it_is(folder, tmp_path):
     assert corpus.tokenizer.sha256 == Tokenizer.load(tmp_path / "tok").sha256
 
 
+def test_a_prepared_corpus_is_a_source_of_its_own(folder, tmp_path):
+    made = prepare(config(folder), out=tmp_path / "corpus")
+    again = prepare(DataConfig((str(made.folder),)))
+    assert again.folder == made.folder and again.info == made.info
+    for sources in ((str(made.folder), str(folder)), (f"{made.folder}@2",)):
+        with pytest.raises(DataError, match="a prepared corpus"):
+            prepare(DataConfig(sources))
+    other = Tokenizer.train(["some other text"], 300)
+    other.save(tmp_path / "other")
+    with pytest.raises(DataError, match="with the tokenizer"):
+        prepare(DataConfig((str(made.folder),), tokenizer=str(tmp_path / "other")))
+
+
 def test_large_vocabularies_take_four_bytes(folder, tmp_path):
     tokenizer = Tokenizer.train(["x"], 300)
     spec = json.loads(tokenizer.text)
