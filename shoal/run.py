@@ -18,6 +18,7 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +32,7 @@ import psutil
 
 from shoal import runtime
 from shoal.config import to_toml
-from shoal.errors import ResourceError, RunError
+from shoal.errors import ResourceError, RunError, ShoalError
 
 RUNS = Path("runs")
 ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"  # of ids; no look-alikes
@@ -143,6 +144,26 @@ class Run:
         if self._metrics:
             self._metrics.close()
             self._metrics = None
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The lock of a run that was just made. A user's error before anything happened in it takes it away again, so
+        that the same command, corrected, finds its place free.
+        """
+        try:
+            with self.lock():
+                yield
+        except ShoalError:
+            if self.status().get("state") == "created":
+                self._vanish()
+            raise
+
+    def _vanish(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        latest = self.path.parent / "latest"
+        if latest.is_symlink() and not latest.exists():
+            older = list_runs(self.path.parent)
+            _point_latest(older[0].path) if older else latest.unlink()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

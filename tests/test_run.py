@@ -85,6 +85,21 @@ def test_rewound_record_equals_that_of_an_uninterrupted_run(run, tmp_path):
 HOLD = "import sys; from shoal.run import Run\nwith Run.open(sys.argv[1]).lock(): print('held', flush=True); input()"
 
 
+def test_of_a_run_that_never_began_nothing_is_left(tmp_path):
+    root = tmp_path / "runs"
+    older, run = new(root / "older"), new(root / "newer")
+    with pytest.raises(RunError), run.begun():
+        raise RunError("a", "b", "c")
+    assert not run.path.exists() and (root / "latest").resolve() == older.path
+    with pytest.raises(RunError), older.begun():
+        older.status(state="training")
+        raise RunError("a", "b", "c")
+    assert older.status()["state"] == "training"
+    with pytest.raises(RunError), new(tmp_path / "alone" / "runs" / "only").begun():
+        raise RunError("a", "b", "c")
+    assert list((tmp_path / "alone" / "runs").iterdir()) == []
+
+
 def test_a_second_launcher_is_refused_until_the_first_dies(run):
     """Fault 11, with a real kill."""
     first = subprocess.Popen(

@@ -64,6 +64,20 @@ def parse(argv: Sequence[str], budgets: Sequence[str] = BUDGETS) -> Asked:
     return asked
 
 
+def without(words: Sequence[str], flag: str, default: str) -> tuple[list[str], str]:
+    """The words without a flag, and its value."""
+    rest, found = [], default
+    waiting = iter(words)
+    for word in waiting:
+        if word == flag:
+            found = next(waiting, "")
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, found
+
+
 def configured(asked: Asked, kind: type[C]) -> tuple[C, dict[str, str]]:
     """The settings, and where each came from."""
     if asked.recipe is None:

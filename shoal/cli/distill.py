@@ -61,7 +61,7 @@ def start(asked: Asked, config: DistillConfig, origins: dict[str, str], command:
     if is_url(config.teacher):
         teacher_of(config, None)
     run = Run.create(asked.recipe or "distill", asked.out, config, origins, command)
-    with run.lock():
+    with run.begun():
         return distilled(config, run)
 
 

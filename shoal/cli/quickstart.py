@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from shoal.cli import pretrain
-from shoal.cli.asked import Asked, resumed
+from shoal.cli.asked import Asked, resumed, without
 from shoal.errors import ConfigError
 from shoal.recipes.quickstart import MINUTES, SHARES, shares
 from shoal.train.config import PretrainConfig
@@ -66,20 +66,6 @@ def chained(minutes: float | None, steps: int | None) -> pretrain.Job:
     from shoal.recipes._pipeline import Budget
 
     return partial(_chain.run_chain, budget=Budget(shares(minutes) if minutes else SHARES, minutes, steps))
-
-
-def without(words: Sequence[str], flag: str, default: str) -> tuple[list[str], str]:
-    """The words without a flag, and its value."""
-    rest, found = [], default
-    waiting = iter(words)
-    for word in waiting:
-        if word == flag:
-            found = next(waiting, "")
-        elif word.startswith(f"{flag}="):
-            found = word.partition("=")[2]
-        else:
-            rest.append(word)
-    return rest, found
 
 
 def number(text: str) -> float:

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         return 0
     config = replace(config, model=str(model_folder(config.model).resolve()))  # `latest` won't stay what it is
     run = Run.create(str(asked.recipe), asked.out, config, origins, ["shoal", "r1", *argv])
-    with run.lock():
+    with run.begun():
         return went_on(config, run)
 
 

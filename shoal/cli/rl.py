@@ -5,8 +5,8 @@ which answers are right, and those become likelier. MODEL is a run, a checkpoint
 base has seen worked solutions: it must be right now and then, for the gradient scales with the pass rate.
 
 Settings are layered as in `shoal pretrain`: the recipe (r1_zero), then each -c file, then flags such as
-`--policy.variant dr_grpo`. `--print-config` shows the outcome. `--resume [RUN]` continues a run, bit for bit.
-`shoal samples RUN` shows what it wrote.
+`--policy.variant dr_grpo`. `--print-config` shows the outcome, `--dry-run` what a step will be. `--resume [RUN]`
+continues a run, bit for bit. `shoal samples RUN` shows what it wrote.
 """
 
 from collections.abc import Sequence
@@ -45,8 +45,13 @@ def start(asked: Asked, config: RLConfig, origins: dict[str, str], command: Sequ
     tasks = resolve(config.tasks)
     config = replace(config, model=str(model_folder(config.model).resolve()))  # `latest` won't stay what it is
     opened = open_to_train(config.model, OF_CONFIG[config.dtype], config.threads)
+    if asked.dry_run:
+        r, long = config.rollout, f"{config.steps} steps" if config.steps else f"{config.minutes:g} minutes"
+        print(f"tasks    {', '.join(task.name for task in tasks)}; held-out problems before and after")
+        print(f"steps    of {r.prompts} prompts × {r.group} answers, each of at most {r.max_tokens} tokens; {long}")
+        return 0
     run = Run.create(str(asked.recipe), asked.out, config, origins, command)
-    with run.lock():
+    with run.begun():
         return _reinforce.reinforce(config, run, opened.model, opened.tokenizer, tasks, teller())
 
 

@@ -62,7 +62,7 @@ def start(asked: Asked, config: SftConfig, origins: dict[str, str], command: Seq
     from shoal.recipes import _tune
 
     run = Run.create(asked.recipe or "sft", asked.out, config, origins, command)
-    with run.lock():
+    with run.begun():
         return _tune.teach(config, run, opened.model, opened.tokenizer, samples, tell)
 
 

@@ -33,7 +33,10 @@ SCORES_SHARE = 0.1  # of the minutes, that scores on the way may take
 
 
 def corpus_of(config: PretrainConfig, teller: Teller) -> Corpus:
-    return prepare(config.data, GENERATORS, say=lambda words: teller.say(f"text     {words}"))
+    """Raises DataError where there is no text, or the model has no row for some token."""
+    corpus = prepare(config.data, GENERATORS, say=lambda words: teller.say(f"text     {words}"))
+    corpus.check_vocabulary(config.model.vocab_size)
+    return corpus
 
 
 def asked(origins: Mapping[str, str], prefix: str) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from shoal import config as configs
 from shoal.cli import pretrain as verb
 from shoal.cli import quickstart
+from shoal.data.tokenizer import Tokenizer
 from shoal.errors import ConfigError, DataError, ResourceError, RunError
 from shoal.model.presets import PRESETS
 from shoal.plan import hardware, size
@@ -68,6 +69,40 @@ def test_what_the_user_set_is_not_chosen_again(two_cores, teller):
     assert config.model == replace(PRESETS["mini"], n_layers=3) and origins["model.n_layers"] == "flag"
     config, _ = sized(teller, "--minutes", "100000", "--batch.accumulate", "1")
     assert config.batch.accumulate == 1
+
+
+def test_a_preset_takes_the_place_of_the_recipes_model():
+    asked = verb.shaped(verb.parse(["tiny", "--model", "small", "--model.n_mtp=2", "--batch.context", "64"]))
+    config, origins = verb.configured(asked, PretrainConfig)
+    assert config.model == replace(PRESETS["small"], n_mtp=2) and config.data.vocab_size == config.model.vocab_size
+    assert origins["model.dim"] == "flag --model small" and origins["model.n_mtp"] == "flag"
+    assert origins["data.vocab_size"] == "flag --model small" and config.steps == 20
+    with pytest.raises(ConfigError, match="did you mean nano"):
+        verb.shaped(verb.parse(["tiny", "--model", "nanno"]))
+
+
+def test_a_preset_is_not_chosen_again(two_cores, teller):
+    asked = verb.shaped(verb.parse(["quickstart", "--model=nano"]))
+    config, origins = _plan.sized(*verb.configured(asked, PretrainConfig), HERE, teller)
+    assert config.model == PRESETS["nano"] and origins["model.dim"] == "flag --model nano"
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_before_anything_runs(tmp_path, monkeypatch, teller):
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+    Tokenizer.train(["some text to learn from, some more of it"], 300).save(tmp_path / "tokenizer")
+    words = ["tiny", "--model.vocab_size", "270", "--data.tokenizer", str(tmp_path / "tokenizer")]
+    config, _ = verb.configured(verb.parse([*words, "--data.sources", "worked-addition:200"]), PretrainConfig)
+    with pytest.raises(DataError, match=r"a model of 270 tokens and a corpus of [\s\S]*set --model.vocab_size"):
+        _plan.corpus_of(config, teller)
+
+
+def test_a_start_that_fails_leaves_its_place_free(tmp_path):
+    def job(config, run, teller, here):
+        raise DataError("no text", "some", "give some")
+
+    with pytest.raises(DataError):
+        verb.launch(verb.parse(["tiny", "--out", str(tmp_path / "run")]), ["shoal"], job=job)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_ladder_climbs():

@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from shoal.cli import distill, sft
+from shoal.cli import distill, rl, sft
 from shoal.errors import ConfigError, DataError
 from shoal.model import hf
 from shoal.run import Run
@@ -48,6 +48,12 @@ def test_what_is_missing_is_said(folder, capsys):
         sft.main(["stf", "--model", str(folder)])
     assert sft.main(["--print-config", "--minutes", "3"]) == 0
     assert 'epochs = "none"  # flag' in capsys.readouterr().out
+
+
+def test_a_dry_run_of_reinforcement_makes_no_run(folder, tmp_path, capsys):
+    words = ["--model", str(folder), "--tasks", "chain_sum", "--steps", "3", "--out", str(tmp_path / "run")]
+    assert rl.main([*words, "--dry-run"]) == 0 and not (tmp_path / "run").exists()
+    assert "chain_sum" in (said := capsys.readouterr().out) and "3 steps" in said
 
 
 def adds(body: dict, number: int):
