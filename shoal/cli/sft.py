@@ -34,7 +34,8 @@ def main(argv: list[str]) -> int:
     asked = parse(argv, BUDGETS)
     if asked.resume is not None:
         return go_on(asked)
-    config, origins = configured(named(asked), SftConfig)
+    asked = named(asked)
+    config, origins = configured(asked, SftConfig)
     if asked.print_config:
         print(configs.to_toml(config, origins), end="")
         return 0
@@ -61,7 +62,7 @@ def start(asked: Asked, config: SftConfig, origins: dict[str, str], command: Seq
         return 0
     from shoal.recipes import _tune
 
-    run = Run.create(asked.recipe or "sft", asked.out, config, origins, command)
+    run = Run.create(str(asked.recipe), asked.out, config, origins, command)
     with run.begun():
         return _tune.teach(config, run, opened.model, opened.tokenizer, samples, tell)
 

@@ -19,6 +19,7 @@ from shoal.post.sft import sft
 from shoal.recipes._job import typed
 from shoal.recipes._plan import memory_step
 from shoal.recipes._teller import Teller
+from shoal.report import page
 from shoal.run import Run
 from shoal.train.loop import steps_left
 from shoal.train.step import TrainState
@@ -52,6 +53,7 @@ def follow(verb: str, run: Run, teller: Teller, resume: bool, train: Callable[[]
         teller.say(f"stopped at step {step}; continue with: shoal {verb} --resume {typed(run)}")
         return 130
     teller.say(f"result   {step} steps in {seconds / 60:.1f} minutes; the model is in {typed(run)}")
+    teller.say(f"report   {page.write(run.path)}")
     teller.say(f"next     shoal chat {typed(run)}")
     return 0
 

@@ -13,8 +13,9 @@ all optional, fields too; numbers are plain JSON numbers:
     plan.json           plan.cost.Account's fields as predicted, and why: [sentences], machine: {name, …}
     receipt.json        plan.cost.Account's fields as they turned out, and next_command
 
-What is missing is shown as not measured, what is damaged is named. Whatever a model wrote is text and nothing else:
-every value is escaped, the page runs no script and its content policy would not let it, and nothing is fetched.
+What is missing of a pretraining run is shown as not measured, what is damaged is named. Whatever a model wrote is text
+and nothing else: every value is escaped, the page runs no script and its content policy would not let it, and nothing
+is fetched.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,12 +65,14 @@ def shown(folder: Path) -> str:
 
 def look(facts: Facts, path: str, answers: Sequence[Dialogue] = ()) -> dict[str, Any]:
     """Everything the templates print, in words and geometry. `answers` are some that the run learnt from."""
-    solved, rl = reasoning.evaluations(facts), reinforcement.reinforced(facts)
+    solved, rl, stage = reasoning.evaluations(facts), reinforcement.reinforced(facts), bool(words.of_stage(facts))
+    tiles = reinforcement.tiles(facts) if rl else words.tiles(facts)
     return {
         "facts": facts,
         "verdict": reinforcement.verdict(facts) if rl else words.verdict(facts),
         "state": facts.status.get("state"),
-        "tiles": reinforcement.tiles(facts) if rl else words.tiles(facts),
+        "tiles": [tile for tile in tiles if not stage or tile[1] != words.MISSING],
+        "pretrained": not rl and not stage,  # then a part that is missing is a gap, and shown as one
         "bars": yardsticks(facts),
         "school": school(facts.model),
         "charts": reinforcement.charts(facts) if rl else [chart for make in curves.ALL if (chart := make(facts))],
@@ -86,13 +89,15 @@ def look(facts: Facts, path: str, answers: Sequence[Dialogue] = ()) -> dict[str,
             (k, v, facts.origins[k]) for k, v in flat(facts.config) if facts.origins.get(k, "default") != "default"
         ],
         "env": list(flat(facts.env)),
-        "next_command": words.text(facts.receipt.get("next_command")) or next_command(path, rl),
+        "next_command": words.text(facts.receipt.get("next_command")) or next_command(path, rl, stage),
         "words": words,
     }
 
 
-def next_command(path: str, reinforced: bool) -> str:
-    return f"shoal samples {path}" if reinforced else f'shoal generate {path} --prompt "def main("'
+def next_command(path: str, reinforced: bool, stage: bool) -> str:
+    if reinforced:
+        return f"shoal samples {path}"
+    return f"shoal chat {path}" if stage else f'shoal generate {path} --prompt "def main("'
 
 
 def yardsticks(facts: Facts) -> list[dict[str, Any]]:

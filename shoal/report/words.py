@@ -119,13 +119,14 @@ def verdict(f: Facts) -> list[str]:
 
 
 def of_stage(f: Facts) -> str:
-    """The headline of fine-tuning, and of rejection sampling."""
-    kind, kept = f.status.get("recipe"), number(f.evals.get("kept", {}).get("value"))
+    """The headline of fine-tuning, of distillation, and of rejection sampling; "" of pretraining."""
+    kind, kept = text(f.status.get("recipe")), number(f.evals.get("kept", {}).get("value"))
     if kind == "samples" and kept is not None:
         return f"Of a model's answers {share(kept)} were right, readable, and not said before"
     losses = f.series.get("train/loss", [])
-    if kind == "sft" and len(losses) > 1:
-        return f"A model that learned its lessons: from {losses[0][1]:.2f} to {losses[-1][1]:.2f} nats a token"
+    learnt = {"sft": "A model that learned its lessons", "distill": "A student that learned from its teacher"}.get(kind)
+    if learnt and len(losses) > 1:
+        return f"{learnt}: from {losses[0][1]:.2f} to {losses[-1][1]:.2f} nats a token"
     return ""
 
 

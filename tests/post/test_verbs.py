@@ -33,6 +33,7 @@ def test_a_file_is_learnt_and_the_run_goes_on(folder, data, tmp_path, capsys):
     assert sft.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 0
     run = Run.open(tmp_path / "run")
     assert [line["step"] for line in run.metrics()] == [1, 2] and run.status()["state"] == "done"
+    assert "that learned its lessons" in (run.path / "report.html").read_text()
     with data.open("a") as file:
         file.write("\n" + json.dumps({"prompt": "a", "answer": "b"}))
     with pytest.raises(DataError, match="have changed"):

@@ -267,3 +267,21 @@ def test_reading_twice_gives_the_same_page(run):
     first = page.write(run).read_bytes()
     random.seed(7)
     assert page.write(run).read_bytes() == first
+
+
+@pytest.mark.parametrize("recipe", ["sft", "distill"])
+def test_a_page_of_fine_tuning_shows_what_there_is_and_no_gaps(run, recipe):
+    for file in ("plan.json", "receipt.json", "evals/held_out.json", "evals/expert_load.json", "evals/tasks.json"):
+        (run / file).unlink()
+    shutil.rmtree(run / "samples")
+    lines = [{"step": i, "train/loss": 3.0 - i, "train/tokens": 10 * i, "time/seconds": i} for i in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "config.toml").write_text('model = "base"\n')
+    put(run / "status.json", {"recipe": recipe, "state": "done"})
+    document = written(run)
+    text = " ".join(document.text)
+    assert "from 2.00 to 1.00 nats a token" in text and "How it learned" in text
+    assert any("shoal chat" in code for code in document.code)
+    for said in (text, (run / "report.md").read_text("utf-8")):
+        for word in ("not measured", "not known", "How well it predicts", "What it writes", "Receipt"):
+            assert word not in said
