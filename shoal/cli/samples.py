@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     if args.most < 0:
         raise ConfigError(f"--most {args.most}", "a number from 0", "0 shows all")
-    path = source(find(args.run).of_model().path, args.eval)
+    path = source(folder_of(args.run), args.eval)
     found, damaged = chosen(path, args)
     shown = found[: args.most or None]
     if args.json:
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="shoal samples", description="What a model answered, and what it was worth.")
-    parser.add_argument("run", nargs="?", default="latest", metavar="RUN", help="its path, id, or latest")
+    about = "its path, id, or latest; or a folder that `shoal eval --out` wrote"
+    parser.add_argument("run", nargs="?", default="latest", metavar="RUN", help=about)
     parser.add_argument("--step", type=int, metavar="N", help="of training; default: the last one that was kept")
     parser.add_argument("--task", metavar="NAME", help="of this task alone")
     outcome = parser.add_mutually_exclusive_group()
@@ -63,6 +64,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def folder_of(name: str) -> Path:
+    """Of a run, or of what `shoal eval --out DIR` wrote. Raises RunError."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.toml").exists() and any(folder.glob("*.jsonl")):
+        return folder
+    return find(name).of_model().path
+
+
 def source(run: Path, evaluation: str | None) -> Path:
     """The file to read. Raises RunError where there is none, ConfigError for the name of none."""
     found = dialogues.sources(run)
@@ -71,11 +80,11 @@ def source(run: Path, evaluation: str | None) -> Path:
         raise RunError(f"{run} has kept no answers", expected, "try `shoal eval RUN --tasks countdown`")
     if evaluation is None:
         return found[0]
-    names = [path.stem for path in found if path.parent.name == "evals"]
-    if evaluation not in names:
+    named = {path.stem: path for path in found if path.name != dialogues.ROLLOUTS}
+    if evaluation not in named:
         got = f"no evaluation {evaluation!r} in {run}"
-        raise ConfigError(got, ", ".join(names) or "none was made", "choose one of them, or leave --eval out")
-    return run / "evals" / f"{evaluation}.jsonl"
+        raise ConfigError(got, ", ".join(named) or "none was made", "choose one of them, or leave --eval out")
+    return named[evaluation]
 
 
 def chosen(path: Path, args: argparse.Namespace) -> tuple[list[Dialogue], int]:

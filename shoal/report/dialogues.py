@@ -51,9 +51,11 @@ class Dialogue:
 
 
 def sources(run: Path) -> list[Path]:
-    """The files of a run that hold answers: what it learnt from, then its evaluations."""
-    rollouts = run / "samples" / ROLLOUTS
-    return [rollouts] * rollouts.is_file() + sorted((run / "evals").glob("*.jsonl"))
+    """The files of a run that hold answers: what it learnt from, then its evaluations. Of a folder that is no run, the
+    evaluations in it.
+    """
+    rollouts, evals = run / "samples" / ROLLOUTS, run / "evals"
+    return [rollouts] * rollouts.is_file() + sorted((evals if evals.is_dir() else run).glob("*.jsonl"))
 
 
 def ends(run: Path, most: int = 2) -> list[Dialogue]:

@@ -98,6 +98,13 @@ def test_attempts_of_an_evaluation(run, capsys):
     assert "Sort 2 1." in shown(capsys, run)
 
 
+def test_attempts_of_an_evaluation_outside_a_run(tmp_path, capsys):
+    write(tmp_path / "out/humaneval.jsonl", [attempt(0, 0)])
+    write(tmp_path / "out/tasks.jsonl", [attempt(0, 64)])
+    assert "budget 0" in shown(capsys, tmp_path / "out")
+    assert "budget 64" in shown(capsys, tmp_path / "out", "--eval", "tasks")
+
+
 @pytest.mark.parametrize("asked", [["--step", "9"], ["--task", "chess"], ["--index", "0"], ["--most", "-1"]])
 def test_what_is_not_there_is_said(run, asked):
     with pytest.raises(ConfigError, match="whose last step is 2|--most"):
