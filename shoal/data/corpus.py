@@ -321,6 +321,8 @@ def read_info(folder: Path) -> dict:
         info = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         assert info["format"] == FORMAT and all(info["splits"][s]["sha256"] for s in ("train", "val"))
         return info
+    except FileNotFoundError:
+        raise DataError(f"{folder} without corpus.json", "what `shoal data prepare` made", "give its folder") from None
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as e:
         raise DataError(f"{folder}/corpus.json: {e!r}", f"a corpus folder of format {FORMAT}", FIX) from e
 

@@ -274,6 +274,12 @@ def test_damage_is_found_on_opening(folder, tmp_path, name, how):
         Corpus.open(tmp_path / "out")
 
 
+def test_of_a_folder_that_is_no_corpus_nobody_is_told_to_remove_it(folder):
+    with pytest.raises(DataError, match="without corpus.json") as e:
+        Corpus.open(folder)
+    assert "remove" not in e.value.fix
+
+
 def test_a_flipped_token_is_found_by_verifying(folder, tmp_path):
     corpus = prepare(config(folder), out=tmp_path / "out")
     file = tmp_path / "out" / "val" / "tokens.bin"
