@@ -122,10 +122,26 @@ def train_config(config: RLConfig, model: Transformer) -> PretrainConfig:
 
 def engine_for(config: RLConfig, model: Transformer) -> LocalEngine:
     """With room for every answer of a step at once. Where it costs little, no row's numbers depend on another's."""
-    r, n_layers = config.rollout, model.config.n_layers
-    tokens = units(PROMPT_TOKENS + r.max_tokens) * UNIT
-    memory = r.prompts * r.group * tokens * bytes_per_token(model.config, n_layers, model.embed.weight.dtype)
-    return LocalEngine(model, memory, tokens, deterministic=native.takes(model))
+    return LocalEngine(model, cache_bytes(config, model), longest(config), deterministic=native.takes(model))
+
+
+def cache_bytes(config: RLConfig, model: Transformer) -> int:
+    """Of all answers of a step at once."""
+    answers, dtype = config.rollout.prompts * config.rollout.group, model.embed.weight.dtype
+    return answers * longest(config) * bytes_per_token(model.config, model.config.n_layers, dtype)
+
+
+def longest(config: RLConfig) -> int:
+    """Tokens of a prompt and its answer, in whole units of the cache."""
+    return units(PROMPT_TOKENS + config.rollout.max_tokens) * UNIT
+
+
+def largest(config: RLConfig, model: Transformer) -> PretrainConfig:
+    """The training step of a stage, with the most tokens that go through the model at once."""
+    r = config.rollout
+    tokens = min(config.policy.micro_tokens, r.prompts * r.group * longest(config))
+    batch = BatchConfig(context=policy.ROUND, samples=-(-tokens // policy.ROUND), accumulate=2)
+    return replace(train_config(config, model), batch=batch)
 
 
 def begun(

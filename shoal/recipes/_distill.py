@@ -81,7 +81,7 @@ def on_policy(
     resume: bool = False,
 ) -> int:
     """0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
-    require_memory(config, student)
+    require_memory(config.training(student.config, 1), student)
     prompts = prompts_of(config.prompts, config.seed, config.levels)
 
     def train() -> TrainState:

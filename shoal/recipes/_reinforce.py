@@ -15,7 +15,7 @@ from shoal.post import rl
 from shoal.post.rl_config import RLConfig
 from shoal.recipes._job import typed
 from shoal.recipes._teller import Teller
-from shoal.recipes._tune import failures_noted, watched
+from shoal.recipes._tune import failures_noted, require_memory, watched
 from shoal.report import page
 from shoal.run import Run
 from shoal.tasks.grading import Graders
@@ -65,7 +65,8 @@ def trained(
     teller: Teller,
     resume: bool,
 ) -> TrainState:
-    """The loop alone, its status kept."""
+    """The loop alone, its status kept. Raises ResourceError where a step and the cache of its answers don't fit."""
+    require_memory(rl.largest(config, model), model, rl.cache_bytes(config, model))
     guess, device = int(60 * (config.minutes or 0) / GUESSED_SECONDS), str(model.embed.weight.device)
 
     def loop() -> TrainState:

@@ -21,6 +21,7 @@ from shoal.recipes._plan import memory_step
 from shoal.recipes._teller import Teller
 from shoal.report import page
 from shoal.run import Run
+from shoal.train.config import PretrainConfig
 from shoal.train.loop import steps_left
 from shoal.train.step import TrainState
 
@@ -37,7 +38,7 @@ def teach(
 ) -> int:
     """Fine-tune. 0 when the run is complete, 130 when it was asked to stop and left a checkpoint."""
 
-    require_memory(config, model)
+    require_memory(config.training(model.config, 1), model)
 
     def train() -> TrainState:
         return sft(config, run, model, tokenizer, samples, resume, teller.show, teller.say)
@@ -68,11 +69,11 @@ def watched(run: Run, teller: Teller, resume: bool, train: Callable[[], TrainSta
     return state
 
 
-def require_memory(config: TuningConfig, model: Transformer) -> None:
-    """Raises ResourceError, which says what would fit, where a step doesn't."""
+def require_memory(config: PretrainConfig, model: Transformer, beside: int = 0) -> None:
+    """Raises ResourceError, which says what would fit, where a step, and so many bytes `beside` it, don't."""
     device = model.embed.weight.device.type
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    memory.check(model.config, memory_step(config.training(model.config, 1), device), free)
+    memory.check(model.config, memory_step(config, device), max(0, free - beside))
 
 
 @contextmanager

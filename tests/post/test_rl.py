@@ -3,15 +3,20 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from shoal.errors import TrainingError
+from shoal.errors import ResourceError, TrainingError
+from shoal.plan import memory
 from shoal.post import rl
 from shoal.post.rl import reinforce
 from shoal.post.rl_config import PolicyConfig, RLConfig, RolloutConfig
+from shoal.recipes import _plan, _reinforce
+from shoal.recipes._teller import Teller
 from shoal.run import Run
 from shoal.tasks.catalog import resolve
 from shoal.train.config import CheckpointConfig, OptimConfig
@@ -129,6 +134,14 @@ def test_a_run_goes_on_to_the_bit_with_answers_under_way(tmp_path, sliced, monke
     assert (0 < max(whole.series("rl/stale")[1]) < 1) == bool(sliced)
 
 
+@pytest.mark.parametrize("every, drawn", [(1, False), (9, True)])
+def test_a_renewed_reference_draws_nowhere(tmp_path, every, drawn):
+    """KL is measured before the update: to the weights that a step begins with it is nought."""
+    config = replace(CONFIG, steps=2, policy=replace(CONFIG.policy, kl_weight=0.1, reference_steps=every))
+    run, _ = trained(tmp_path / "run", config)
+    assert (run.series("rl/kl")[1][-1] > 1e-9) == drawn
+
+
 def test_another_models_answers_end_the_run(tmp_path, monkeypatch):
     own = rl.engine_for
     monkeypatch.setattr(rl, "engine_for", lambda config, m: own(config, model(seed=7)))
@@ -168,3 +181,16 @@ def test_samples_are_written_token_by_token(tmp_path):
     for line in lines:
         assert len(line["tokens"]) == len(line["logprobs"]) <= 8 and line["step"] == 1
         assert not line["ratios"] or all(abs(r - 1) < 1e-3 for r in line["ratios"])
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_begins(tmp_path, monkeypatch):
+    """What is free goes to the cache first: one byte short of both is too little."""
+    policy_model = model()
+    cache, step = rl.cache_bytes(CONFIG, policy_model), rl.largest(CONFIG, policy_model)
+    need = memory.of_training(policy_model.config, _plan.memory_step(step, "cpu")).total * memory.OVERHEAD
+    run = Run.create("r1_zero", tmp_path / "run", CONFIG, {}, ["shoal"])
+    silent = Teller(lambda words: None, lambda metrics: None)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=need + cache - 1))
+    with pytest.raises(ResourceError, match="a training step of"):
+        _reinforce.trained(CONFIG, run, policy_model, tokenizer(), TASKS, silent, False)
+    assert run.status()["state"] == "created"
