@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Stage:
     taste: judge.Preference
     reference: Transformer | None = None
     iteration: int = 0
+    scores: list[float | None] = field(default_factory=list)  # what the judge said of this step's answers
 
 
 def reinforce(
@@ -90,9 +91,10 @@ def reinforce(
         taste,
     ):
         stage = begun(config, run, state, engine, tokenizer, tasks, graders, taste)
-        clock, saved = loop.begin(state, planned_steps or 100), state.counters.step
+        clock, saved, silent = loop.begin(state, planned_steps or 100), state.counters.step, False
         while loop.steps_left(state) and not stop.asked:
             metrics = iterate(stage, clock)
+            silent = told_of_silence(metrics, config, silent, say)
             loop.replan(state, clock)
             run.log(state.counters.step, metrics)
             show({"step": state.counters.step, "total_steps": state.counters.total_steps, **metrics})
@@ -103,6 +105,14 @@ def reinforce(
         if saved != state.counters.step:
             save(stage, saver, clock)
     return state
+
+
+def told_of_silence(metrics: Mapping[str, float], config: RLConfig, silent: bool, say: Callable[[str], None]) -> bool:
+    """Whether a judge scored nothing in this step; said when it begins, for the run goes on without preferences."""
+    now = metrics.get("rl/unjudged") == 1
+    if now and not silent:
+        say(f"warning  the judge at {config.judge.url} scores nothing: answers are learnt from without preferences")
+    return now
 
 
 def train_config(config: RLConfig, model: Transformer) -> PretrainConfig:
@@ -177,6 +187,7 @@ def begun(
 def iterate(stage: Stage, clock: Clock) -> dict[str, float]:
     """One step of reinforcement: answers, grades, updates. Its metrics."""
     state, began = stage.state, time.perf_counter()
+    stage.scores = []
     if stage.rollouts.version != state.counters.updates:
         got = f"rollouts of version {stage.rollouts.version} for weights of version {state.counters.updates}"
         raise TrainingError(got, "the same", "call Rollouts.synchronise after every update")
@@ -245,7 +256,9 @@ def preferred(stage: Stage, groups: Sequence[Group]) -> list[list[float]]:
     """What the answers of each group are worth to the judge, where that counts."""
     if not stage.config.rewards.preference:
         return [[0.0] * len(g.samples) for g in groups]
-    found = iter(stage.taste.scores([(g.item.prompt, s.text) for g in groups for s in g.samples]))
+    scores = stage.taste.scores([(g.item.prompt, s.text) for g in groups for s in g.samples])
+    stage.scores += scores
+    found = iter(scores)
     return [judge.shares([next(found) for _ in g.samples]) for g in groups]
 
 
@@ -326,6 +339,8 @@ def measured(
         "rl/entropy": -sum(p for s in samples for p in s.logprobs) / tokens,
         "rl/teaching": sum(len({s.reward for s in g.samples}) > 1 for g in seen) / max(1, len(seen)),
     }
+    if stage.scores:
+        metrics["rl/unjudged"] = stage.scores.count(None) / len(stage.scores)
     metrics |= {f"solved/{task}/{level}": rate for task, level, rate in stage.curriculum.state()}
     if results:
         last = results[-1]

@@ -100,6 +100,8 @@ def test_the_loop_asks_only_where_preferences_count():
 
     taste = SimpleNamespace(scores=scores)
     for weight, found in ((0.0, [[0.0, 0.0], [0.0, 0.0]]), (0.5, [[1.0, 1.0], [0.0, 0.0]])):
-        stage: Any = SimpleNamespace(config=SimpleNamespace(rewards=RewardConfig(preference=weight)), taste=taste)
+        rewards = SimpleNamespace(rewards=RewardConfig(preference=weight))
+        stage: Any = SimpleNamespace(config=rewards, taste=taste, scores=[])
         assert preferred(stage, groups) == found
+        assert stage.scores == ([1.0, None, None, None] if weight else [])
     assert asked == [[("a", "x"), ("a", "y"), ("b", "z"), ("b", "w")]]

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from shoal.errors import ResourceError, TrainingError
 from shoal.plan import memory
 from shoal.post import rl
+from shoal.post.rewards import RewardConfig
 from shoal.post.rl import reinforce
-from shoal.post.rl_config import PolicyConfig, RLConfig, RolloutConfig
+from shoal.post.rl_config import JudgeConfig, PolicyConfig, RLConfig, RolloutConfig
 from shoal.recipes import _plan, _reinforce
 from shoal.recipes._teller import Teller
 from shoal.run import Run
@@ -172,6 +173,15 @@ def test_a_failed_grader_is_no_evidence(tmp_path, monkeypatch):
     run, state = trained(tmp_path / "run", replace(CONFIG, steps=1))
     assert run.series("rl/failed")[1] == [0.25] and state.counters.updates == 0
     assert {line["reward"] for line in samples(run)} == {1.0}
+
+
+def test_a_judge_that_scores_nothing_is_told_of_once(tmp_path):
+    gone = JudgeConfig("http://127.0.0.1:9/v1", "judge", tries=1)
+    config = replace(CONFIG, steps=2, rewards=RewardConfig(preference=0.5), judge=gone)
+    heard: list[str] = []
+    run, _ = trained(tmp_path / "run", config, say=heard.append)
+    assert run.series("rl/unjudged")[1] == [1.0, 1.0]
+    assert [words for words in heard if "127.0.0.1:9" in words and "scores nothing" in words] == heard
 
 
 def test_samples_are_written_token_by_token(tmp_path):
