@@ -50,7 +50,9 @@ class Raised(Exception):
 
 
 class Cell:
-    """One process for one answer; a context manager. `seconds` of clock time begin when the cell is ready."""
+    """One process for one answer; a context manager. `seconds` of clock time begin with the first request: how long it,
+    or another cell beside it, took to start on a busy machine is not the code's fault.
+    """
 
     def __init__(self, seconds: float = SECONDS, memory: int = MEMORY, means: Means | None = None):
         """Raises SandboxError where what held is too little. `means` None: as `level` found."""
@@ -88,7 +90,7 @@ class Cell:
         if "seccomp" not in self.held or not ("root" in self.held or any(h.startswith("landlock") for h in self.held)):
             self.close()
             raise SandboxError(f"isolation by {', '.join(self.held) or 'nothing'}", NEEDED, FIX)
-        self.deadline = time.monotonic() + seconds
+        self.seconds, self.begun = seconds, False
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +119,8 @@ class Cell:
         return reply[what]
 
     def write(self, value: Any) -> None:
+        if not self.begun:
+            self.begun, self.deadline = True, time.monotonic() + self.seconds
         left = plain.dumps(value).encode() + b"\n"
         with suppress(BrokenPipeError), selectors.DefaultSelector() as selector:  # reading says that it ended
             selector.register(self.requests, selectors.EVENT_WRITE)

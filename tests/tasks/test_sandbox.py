@@ -190,6 +190,18 @@ def test_a_cell_ends_by_its_deadline_whatever_it_does_and_leaves_nothing(ending)
     assert not any(p.is_running() for p in family)
 
 
+def test_the_clock_of_a_cell_begins_with_the_first_request(monkeypatch):
+    """While the second of two cells starts, the first one's seconds don't pass."""
+    now = sandbox.time.monotonic
+    with Cell(seconds=5) as cell:
+        monkeypatch.setattr(sandbox.time, "monotonic", lambda: now() + 60)
+        cell.run("f = lambda: 1")
+        assert cell.call("f") == 1
+        monkeypatch.setattr(sandbox.time, "monotonic", lambda: now() + 66)
+        with pytest.raises(Ended, match="ran out of time"):
+            cell.run("while True: pass")
+
+
 def test_a_reply_without_end_is_cut_off():
     with Cell() as cell, pytest.raises(Ended, match="too much"):
         cell.run(FLOOD)
