@@ -57,6 +57,8 @@ def run_job(
     here = here or place(config, run, resume)
     teller.say(f"machine  {here.setup.description}; {ops.describe()}")
     note_place(run, here, resume, teller)
+    if not resume:
+        require_memory(config, here)
     corpus = _plan.corpus_of(config, teller)
     teller.say(f"text     {described(corpus)}")
     require_same_text(run, corpus)
@@ -80,11 +82,17 @@ def run_job(
 def dry_run(config: PretrainConfig, origins: Mapping[str, str], teller: Teller, here: Here | None = None) -> None:
     """Say what a run would take, from a few real steps, and leave nothing behind but the prepared text."""
     here = here or _machine.look(config.threads, config.seed)
+    require_memory(config, here)
     corpus = _plan.corpus_of(config, teller)
     teller.say(f"text     {described(corpus)}")
     _, plan = plan_here(config, origins, corpus, here, teller)
     for reason in plan["why"]:
         teller.say(f"because  {reason}")
+
+
+def require_memory(config: PretrainConfig, here: Here) -> None:
+    """Raises ResourceError for a step that doesn't fit, before any text is prepared for it."""
+    memory.check(config.model, _plan.memory_step(config, here.setup.device), here.machine.memory_bytes)
 
 
 def typed(run: Run) -> str:
@@ -140,7 +148,6 @@ def planned(
 def plan_here(
     config: PretrainConfig, origins: Mapping[str, str], corpus: Corpus, here: Here, teller: Teller
 ) -> tuple[PretrainConfig, dict]:
-    memory.check(config.model, _plan.memory_step(config, here.setup.device), here.machine.memory_bytes)
     measured = _plan.timed_step(config, corpus, here.setup.device)
     fitted = _plan.affordable_scores(config, measured, origins)
     if fitted != config:

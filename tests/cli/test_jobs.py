@@ -96,6 +96,15 @@ def test_a_tokenizer_larger_than_the_model_is_refused_before_anything_runs(tmp_p
         _plan.corpus_of(config, teller)
 
 
+def test_a_model_too_large_is_refused_before_its_text_is_prepared(run, teller, monkeypatch):
+    monkeypatch.setattr(_plan, "corpus_of", lambda config, teller: 1 // 0)
+    config, _ = verb.configured(verb.shaped(verb.parse(["tiny", "--model", "v2-lite-16b"])), PretrainConfig)
+    with pytest.raises(ResourceError, match="a training step of"):
+        _job.dry_run(config, {}, teller, HERE)
+    with pytest.raises(ResourceError, match="a training step of"):
+        _job.run_job(config, run, teller, here=HERE)
+
+
 def test_a_start_that_fails_leaves_its_place_free(tmp_path):
     def job(config, run, teller, here):
         raise DataError("no text", "some", "give some")
