@@ -1,5 +1,6 @@
 """The command line: help without torch, misspellings, errors without traces, verbs that read run directories."""
 
+import io
 import json
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from shoal.cli import asked as verb
 from shoal.cli import doctor, main, runs
@@ -161,6 +163,18 @@ def test_runs_are_listed_newest_first_with_their_last_values(two_runs, capsys, m
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines] == ["run", "second", "first"]
     assert lines[1][1:6] == ["created", "2", "100", "3.25", "1.5"]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_a_list_of_runs_has_whole_names_and_the_columns_that_fit(two_runs, width):
+    long = Run.create("mini", "runs/2026-11-22_quickstart_k3f9", Config(), {}, ["shoal"])
+    made = [long, *two_runs]
+    console = Console(width=width, force_terminal=True, color_system=None, record=True, file=io.StringIO())
+    runs.listed(made, console)
+    lines = console.export_text().rstrip().splitlines()
+    assert [line.split()[0] for line in lines] == ["run", *(run.id for run in made)] and "…" not in "".join(lines)
+    assert width < 45 or max(len(line.rstrip()) for line in lines) <= width
+    assert ("mfu" in lines[0]) == (width >= 100) and ("loss" in lines[0]) == (width >= 60)
 
 
 def test_comparison_shows_what_differs_and_nothing_else(two_runs, capsys):

@@ -13,6 +13,9 @@ from rich.table import Table
 from shoal.run import RUNS, Run, find, list_runs
 
 LAST = ("train/tokens", "train/loss", "eval/bits_per_byte", "speed/tokens_per_second", "speed/mfu", "time/seconds")
+HEADS: dict[str, str] = dict(zip(LAST, ("tokens", "loss", "bits/byte", "tokens/s", "mfu", "seconds")))
+UNBOUNDED = 1000
+KEPT = ("train/loss", "eval/bits_per_byte", "train/tokens", "time/seconds", "speed/tokens_per_second", "speed/mfu")
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +29,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     console = Console()
     if args.verb == "ls":
-        console.print(listing(list_runs(args.root)) if list_runs(args.root) else f"no runs under {args.root}/")
+        runs = list_runs(args.root)
+        if runs:
+            listed(runs, console)
+        else:
+            console.print(f"no runs under {args.root}/")
     elif args.verb == "show":
         show(find(args.run), console)
     elif args.verb == "compare":
@@ -39,14 +46,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def listing(runs: list[Run]) -> Table:
+def listed(runs: list[Run], console: Console) -> None:
+    """As many columns as a terminal has room for, in the order of `KEPT`, all of them elsewhere; no name is cut."""
+    room = console.width if console.is_terminal else UNBOUNDED
+    console.width = UNBOUNDED  # else tables are measured, and cut, by the terminal's
+    tables = (tabled(runs, [name for name in LAST if name in KEPT[:n]]) for n in range(len(KEPT), -1, -1))
+    fitting = (table for table in tables if console.measure(table).maximum <= room)
+    console.print(next(fitting, tabled(runs, [])))
+
+
+def tabled(runs: list[Run], metrics: list[str]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("run", "state", "step", *(name.partition("/")[2] for name in LAST)):
+    for column in ("run", "state", "step", *(HEADS[name] for name in metrics)):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=True)
     for run in runs:
         last = last_values(run)
         step = str(int(last["step"])) if "step" in last else "-"
-        table.add_row(run.id, run.status().get("state", "?"), step, *(number(last.get(name)) for name in LAST))
+        table.add_row(run.id, run.status().get("state", "?"), step, *(number(last.get(name)) for name in metrics))
     return table
 
 
