@@ -184,6 +184,15 @@ def test_comparison_shows_what_differs_and_nothing_else(two_runs, capsys):
     assert "minutes" not in rows
 
 
+def test_comparison_of_reinforcement_shows_what_was_solved(two_runs, capsys):
+    two_runs[0].log(3, {"rl/accuracy": 0.625})
+    two_runs[1].status(pass_at_1=0.875)
+    assert runs.main(["compare", "first", "second"]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["rl/accuracy"][1:] == ["0.625", "-"] and lines["held-out"][-2:] == ["-", "0.875"]
+    assert "speed/mfu" not in lines
+
+
 def test_show_and_unknown_runs(two_runs, capsys):
     assert runs.main(["show", "latest"]) == 0
     assert "second" in capsys.readouterr().out

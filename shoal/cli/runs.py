@@ -14,6 +14,7 @@ from shoal.run import RUNS, Run, find, list_runs
 
 LAST = ("train/tokens", "train/loss", "eval/bits_per_byte", "speed/tokens_per_second", "speed/mfu", "time/seconds")
 HEADS: dict[str, str] = dict(zip(LAST, ("tokens", "loss", "bits/byte", "tokens/s", "mfu", "seconds")))
+OF_RL = ("rl/accuracy", "rl/reward", "rl/length", "gap/k3")
 UNBOUNDED = 1000
 KEPT = ("train/loss", "eval/bits_per_byte", "train/tokens", "time/seconds", "speed/tokens_per_second", "speed/mfu")
 
@@ -82,7 +83,7 @@ def show(run: Run, console: Console) -> None:
 
 
 def comparison(runs: list[Run]) -> Table:
-    """One column a run: settings on which they differ, then the last value of each metric."""
+    """One column a run: settings on which they differ, then the last values of what any of them measured."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("", *(run.id for run in runs)):
         table.add_column(column, overflow="fold")
@@ -93,8 +94,11 @@ def comparison(runs: list[Run]) -> Table:
             table.add_row(key, *values)
     table.add_section()
     lasts = [last_values(run) for run in runs]
-    for name in ("step", *LAST):
-        table.add_row(name, *(number(last.get(name)) for last in lasts))
+    solved = [number(run.status().get("pass_at_1")) for run in runs]
+    rows = [(name, [number(last.get(name)) for last in lasts]) for name in ("step", *LAST, *OF_RL)]
+    for name, values in [*rows, ("held-out problems solved", solved)]:
+        if set(values) != {"-"}:
+            table.add_row(name, *values)
     return table
 
 
