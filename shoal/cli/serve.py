@@ -16,6 +16,8 @@ from shoal.errors import ConfigError, ResourceError
 from shoal.model.gguf_config import is_gguf
 from shoal.runtime import cache_root
 
+CLOSE_SECONDS = 10.0  # for the engine's last step
+
 if TYPE_CHECKING:
     from shoal.engine.engine import LocalEngine
     from shoal.engine.turns import Turns
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> int:
     try:
         server.run()
     finally:
-        engine.close()
+        engine.close(CLOSE_SECONDS)
         turns.close()
         ledger.close()
     return 0 if server.started else 1

@@ -9,11 +9,16 @@ Shapes: P pages, U tokens in a page, C latent, R rope, G key-value heads, K head
 
 from collections.abc import Sequence
 
+import psutil
 import torch
 from torch import Tensor
 
 from shoal.engine.pages import UNIT
+from shoal.errors import ResourceError
 from shoal.model.config import MLAConfig, ModelConfig
+
+SHARE_OF_MEMORY = 0.25  # of what is free, for the cache, where nothing is said; at most CONTEXTS whole contexts
+CONTEXTS = 16
 
 
 def row_shapes(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
@@ -27,6 +32,22 @@ def row_shapes(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
 def bytes_per_token(config: ModelConfig, n_layers: int, dtype: torch.dtype) -> int:
     numbers = sum(torch.Size(shape).numel() for shape in row_shapes(config))
     return numbers * n_layers * dtype.itemsize
+
+
+def pages_that_fit(memory_bytes: int | None, page_bytes: int, a_context: int, device: torch.device) -> int:
+    """In so many bytes, or where nothing is said, in a share of what is free. Raises ResourceError where none does."""
+    if memory_bytes is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        memory_bytes = min(int(SHARE_OF_MEMORY * free), CONTEXTS * a_context * page_bytes)
+    page_fits(memory_bytes, page_bytes, "the cache")
+    return memory_bytes // page_bytes
+
+
+def page_fits(n_bytes: int, page_bytes: int, what: str) -> None:
+    """Raises ResourceError where it doesn't."""
+    if n_bytes < page_bytes:
+        fix = f"give it at least {page_bytes} bytes"
+        raise ResourceError(f"{n_bytes} bytes for {what}", f"room for a page of {page_bytes} bytes", fix)
 
 
 class Cache:

@@ -23,12 +23,11 @@ from threading import Condition, Thread
 from time import perf_counter
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 from shoal.engine import native, offload, sampler
-from shoal.engine.cache import Cache, bytes_per_token
+from shoal.engine.cache import Cache, bytes_per_token, page_fits, pages_that_fit
 from shoal.engine.disk import Disk
 from shoal.engine.gather import Gatherer, Result
 from shoal.engine.pages import UNIT, Pages, units
@@ -37,15 +36,13 @@ from shoal.engine.runner import RowByRow, Runner
 from shoal.engine.scheduler import Scheduler, Work
 from shoal.engine.speculate import Speculator
 from shoal.engine.stream import Stream
-from shoal.errors import RequestError, ResourceError, StorageError
+from shoal.errors import RequestError, StorageError
 from shoal.model.transformer import Transformer
 from shoal.ops.dispatch import describe
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 512  # in a step: prompts are cut into chunks so that decoding streams never wait for long
-SHARE_OF_MEMORY = 0.25  # of what is free, for the cache, where nothing is said; at most CONTEXTS whole contexts
-CONTEXTS = 16
 LOAD_BYTES = 2**22  # of pages from the disk in a step, a few milliseconds of it
 TOGETHER_SECONDS = 0.05  # of steps that are taken together: as long a cancellation may wait
 IDLE_SECONDS = 0.2  # without a request, before the books are checked
@@ -91,14 +88,14 @@ class LocalEngine:
         n_layers = config.n_layers + (1 if depth else 0)
         self.bytes_per_token = bytes_per_token(config, n_layers, weight.dtype)
         context = min(context or config.max_positions, config.max_positions)
-        n_pages = _pages_that_fit(memory_bytes, self.bytes_per_token * UNIT, units(context), weight.device)
+        n_pages = pages_that_fit(memory_bytes, self.bytes_per_token * UNIT, units(context), weight.device)
         self.model, self._unchanged, self._context = model, unchanged, min(context, n_pages * UNIT)
         self._cache = Cache(config, n_layers, n_pages, weight.dtype, weight.device)
         self._runner = _runner(model, self._cache, deterministic)
         self._speculator = Speculator(self._runner, depth) if depth else None
         self._disk, on_disk = disk, disk.has if disk else lambda key: False
         if disk:
-            _page_fits(disk.max_bytes, self.bytes_per_token * UNIT, "the cache on disk")
+            page_fits(disk.max_bytes, self.bytes_per_token * UNIT, "the cache on disk")
             disk.depends_on(n_layers, *_facts(model, self._runner, deterministic))
         ahead = max(depth, self._runner.most_steps - 1)
         self._make_scheduler = lambda: Scheduler(Pages(n_pages), max_batch_tokens, ahead, on_disk)
@@ -178,12 +175,15 @@ class LocalEngine:
             self._forgetting = True
             self._wake.notify()
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> None:
+        """End everybody after the step under way, which is waited for: so many `seconds` at most."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
-        if self._disk:
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            log.critical("the engine is stuck in a step and not waited for")
+        elif self._disk:
             self._disk.close()
             self._disk = None
 
@@ -484,17 +484,3 @@ def _facts(model: Transformer, runner: Runner, deterministic: bool) -> tuple[obj
     if not deterministic:
         return (weights,)
     return weights, type(runner), torch.__version__, torch.get_num_threads(), describe()
-
-
-def _pages_that_fit(memory_bytes: int | None, page_bytes: int, a_context: int, device: torch.device) -> int:
-    if memory_bytes is None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        memory_bytes = min(int(SHARE_OF_MEMORY * free), CONTEXTS * a_context * page_bytes)
-    _page_fits(memory_bytes, page_bytes, "the cache")
-    return memory_bytes // page_bytes
-
-
-def _page_fits(n_bytes: int, page_bytes: int, what: str) -> None:
-    if n_bytes < page_bytes:
-        fix = f"give it at least {page_bytes} bytes"
-        raise ResourceError(f"{n_bytes} bytes for {what}", f"room for a page of {page_bytes} bytes", fix)

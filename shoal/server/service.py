@@ -29,6 +29,7 @@ PULSE_SECONDS = 1.0
 MUCH = 2**62
 TEXT_THREADS = 8  # a grammar that takes its two seconds must not hold up everyone's tokens
 UNRECORDED, DEAD = "usage can't be recorded at the moment", "the engine is not running"
+STUCK = "the engine is stuck in a step"
 SHUTDOWN = "the server is shutting down"
 SEED_STRIDE = 0x9E3779B97F4A7C15  # choices of one seeded request differ, and repeat together
 
@@ -62,6 +63,7 @@ class Service:
         self.engine_fault: str | None = None  # in words that anyone may read
         self.journal_fault: str | None = None
         self.seen: Stats | None = None
+        self.still = 0.0  # seconds that the engine has been seen not to get on with its work
         self.threads = ThreadPoolExecutor(TEXT_THREADS, "shoal-text")
 
     async def start(self) -> None:
@@ -312,23 +314,34 @@ class Service:
                 self.journal_fault = None
 
     async def watch_engine(self) -> None:
-        """An engine that can't say how it is is down: its streams end now, and the server is not ready until it can."""
+        """An engine that can't say how it is, or doesn't get on, is down: its streams end now, and the server is not
+        ready until it runs again."""
         while True:
-            try:
-                self.seen = self.engine.stats()
-                if self.engine_fault is not None:
-                    log.warning("the engine runs again")
-                self.engine_fault = None
-            except Exception as e:
-                if self.engine_fault is None:
-                    log.error("the engine does not run: %s", e)
-                self.engine_fault = DEAD
-                for generation in list(self.generations.values()):
-                    generation.fail(engine_failed())
-                    generation.end()
+            fault = self.fault_of_engine()
+            if fault is None and self.engine_fault is not None:
+                log.warning("the engine runs again")
+            if self.engine_fault is None and fault is not None:
+                log.error("no new requests: %s", fault)
+            self.engine_fault = fault
+            for generation in list(self.generations.values()) if fault else ():
+                generation.fail(engine_failed())
+                generation.end()
             self.end_overdue()
             self.try_journal()
             await asyncio.sleep(PULSE_SECONDS)
+
+    def fault_of_engine(self) -> str | None:
+        """Looked at once a pulse. Time is counted in pulses: a machine that slept has not waited for its engine."""
+        before = self.seen
+        try:
+            self.seen = now = self.engine.stats()
+        except Exception as e:
+            if self.engine_fault is None:
+                log.error("the engine does not run: %s", e)
+            return DEAD
+        waits = before is not None and now.running + now.waiting > 0 and progress(now) == progress(before)
+        self.still = self.still + PULSE_SECONDS if waits else 0.0
+        return STUCK if self.still > self.limits.stuck_seconds else None
 
     def end_overdue(self) -> None:
         """A cancelled generation whose engine never confirms ends with what was counted."""
@@ -340,6 +353,12 @@ class Service:
                 generation.overdue = now + self.limits.cancel_seconds
             elif now > generation.overdue:
                 generation.end()
+
+
+def progress(stats: Stats) -> tuple[int, ...]:
+    """Numbers of which one grows while the engine works, also within a step whose experts come from a slow disk."""
+    s = stats
+    return s.steps, s.tokens_in, s.disk_hits, s.experts_chosen, s.experts_bytes_read
 
 
 def of_choice(sampling: Sampling, index: int) -> Sampling:

@@ -196,6 +196,25 @@ def test_it_can_be_closed_while_it_is_down(monkeypatch, caplog):
         engine.submit(request(prompt(9), 5))
 
 
+def test_a_step_that_hangs_holds_up_nobody_who_closes_it(monkeypatch, caplog):
+    engine, run, entered, go_on, told = LocalEngine(model()), Runner.run, Event(), Event(), []
+
+    def hanging(self, work, chosen=None):
+        entered.set()
+        go_on.wait(20)
+        return run(self, work, chosen)
+
+    monkeypatch.setattr(Runner, "run", hanging)
+    engine.submit(request(prompt(9), 5, sink=told.append))
+    assert entered.wait(10)
+    with caplog.at_level(logging.CRITICAL):
+        engine.close(0.01)
+    assert "stuck" in caplog.text and not told
+    go_on.set()
+    engine.close()
+    assert told[-1].finish == "cancelled"
+
+
 def test_tokens_that_were_never_told_are_not_counted(made, monkeypatch, caplog):
     engine, follow, calls = made(depth=1, max_batch_tokens=64), Speculator.follow, []
 

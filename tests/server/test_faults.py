@@ -112,6 +112,44 @@ def test_16_a_model_that_fails_under_load_comes_back_by_itself(tmp_path, monkeyp
         assert [row["finish"] for row in rows[:4]] == ["error"] * 4 and rows[-1]["completion"] == 5
 
 
+def test_16_a_step_that_hangs_is_told_by_health_and_ends_its_streams(tmp_path, monkeypatch):
+    config = replace(PRESETS["tiny"], vocab_size=512, max_positions=8192)
+    engine = LocalEngine(Transformer(config).init_weights(0), 2**24, context=4096)
+    run, go_on = Runner.run, threading.Event()
+    with Running(tmp_path, engine, stuck_seconds=1.0) as s:
+        readers = [Reader(s.url, s.key, {"max_tokens": 3000, "logit_bias": {"120": 100}}) for _ in range(4)]
+        until(lambda: all(len(r.text) > 3 for r in readers))
+        with monkeypatch.context() as fault:
+            fault.setattr(Runner, "run", lambda *given: (go_on.wait(20), run(*given))[1])
+            for reader in readers:
+                reader.join(10)
+                assert not reader.is_alive() and reader.error and reader.error["code"] == "engine_failed"
+            for path in ("/health", "/ready"):
+                answer = s.http.get(path)
+                assert answer.status_code == 503 and "stuck" in answer.json()["status"]
+            assert_refused(s.ask(), 503, "stuck")
+        told = sorted(len(reader.text) for reader in readers)
+        go_on.set()
+        until(lambda: s.http.get("/ready").status_code == 200 == s.http.get("/health").status_code)
+        assert s.ask(max_tokens=5, logit_bias={"120": 100}).status_code == 200
+        until(lambda: not engine.stats().running and not engine.stats().pages_used)
+        rows = s.rows()
+        assert [row["finish"] for row in rows[:4]] == ["error"] * 4 and len(rows) == 5
+        assert sorted(row["completion"] for row in rows[:4]) == told, "what came late is billed, or what was read isn't"
+
+
+def test_16_a_long_step_that_reads_its_experts_is_not_stuck(tmp_path):
+    class Reading(FakeEngine):
+        def stats(self):
+            self.read = getattr(self, "read", 0) + 1
+            return replace(super().stats(), experts_bytes_read=self.read)
+
+    engine = Reading(lambda _: [*b"x", END], pause=2.5)
+    with Running(tmp_path, engine, stuck_seconds=0.5) as s:
+        assert s.ask().json()["choices"][0]["message"]["content"] == "x"
+        assert s.http.get("/health").status_code == 200
+
+
 def started(folder: Path) -> tuple[subprocess.Popen, str, str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.server.killed", str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
