@@ -1,7 +1,8 @@
 """The prefix cache's second floor: full pages in files, found again after they fell out of memory, and after a restart.
 
-    engine's thread    copies each full page out once, asks what there is, reads a few pages a step
-    a thread of ours   writes them, evicts the longest unused above the bound, looks through the folder at the start
+    engine's thread    copies each full page out once, asks what there is, takes in a few pages a step that were read
+    reader's thread    reads them
+    writer's thread    writes them, evicts the longest unused above the bound, looks through the folder at the start
 
 Pages are written when they are full, not when memory evicts them: the copy costs the same (LOG.md), and a server that
 is killed has lost only what was waiting to be written. Nobody waits for the writer; where it can't keep up, pages are
@@ -10,8 +11,8 @@ left out, and offered again by the next stream that uses them.
 A file's name is a hash of the page's key and of all that its numbers depend on: weights, code, dtype, layers. Files of
 other models are never found and fall out as the longest unused. A file is a SHA-256 and the page's bytes, renamed into
 place when whole; one that is cut, flipped or renamed is dropped when it is read. A write that fails, as on a full disk,
-switches the floor off with one line in the log; requests never notice. Nothing is synced: after a power cut some files
-may be damaged, and those are found out.
+or a read that takes for ever, as on one that hangs, switches the floor off with one line in the log; requests never
+notice. Nothing is synced: after a power cut some files may be damaged, and those are found out.
 
 Pages tell what was in the prompts they were made of, so the folder is for its owner only.
 """
@@ -23,6 +24,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,7 @@ from shoal.model.gguf_file import parts
 MOST_WAITING = 2**26  # bytes that may wait to be written
 NAME, UNFINISHED = re.compile(r"[0-9a-f]{32}"), ".new"
 DIGEST = 32
+CLOSE_SECONDS = 10.0  # to write what is waiting
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +59,13 @@ class Disk:
         self._waiting: set[str] = set()  # to be written
         self._lock = Lock()  # guards the three above
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._reads: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._own = own(folder)
         self._jobs.put(self._look)
-        self._thread = Thread(target=self._work, name="disk", daemon=True)
-        self._thread.start()
+        self._writer = Thread(target=self._work, name="disk writer", daemon=True)
+        self._reader = Thread(target=self._read_on, name="disk reader", daemon=True)
+        self._writer.start()
+        self._reader.start()
 
     def depends_on(self, *facts: object) -> None:
         """What is in pages depends on these, too."""
@@ -71,6 +77,12 @@ class Disk:
 
     def has(self, key: Key) -> bool:
         return not self.off and self._name(key) in self._files
+
+    def fetch(self, keys: Sequence[Key], n: int) -> "Future[list[Tensor]]":
+        """Have these pages read, up to the first that isn't whole."""
+        future: Future[list[Tensor]] = Future()
+        self._reads.put(partial(self._fetch, future, keys, n))
+        return future
 
     def read(self, key: Key, n: int) -> Tensor | None:
         """The page's `n` bytes [n] uint8; None, and gone for good, where they are not what was written."""
@@ -115,10 +127,16 @@ class Disk:
         self.maker = token_hex()
         self._jobs.put(self._clear)
 
+    def give_up(self, why: object) -> None:
+        """Nothing is looked for here any more."""
+        self.off = True
+        log.warning("the cache folder is used no more, %s: %s", self.folder, why)
+
     def close(self) -> None:
-        """Write what is waiting."""
+        """Write what is waiting; a disk that hangs is not waited for."""
+        self._reads.put(None)
         self._jobs.put(None)
-        self._thread.join()
+        self._writer.join(CLOSE_SECONDS)
         os.close(self._own)
 
     def _name(self, key: Key) -> str:
@@ -128,6 +146,23 @@ class Disk:
         with self._lock:
             self._bytes -= self._files.pop(name, 0)
 
+    # The reader's thread.
+
+    def _read_on(self) -> None:
+        while (job := self._reads.get()) is not None:
+            job()
+
+    def _fetch(self, future: "Future[list[Tensor]]", keys: Sequence[Key], n: int) -> None:
+        try:
+            pages: list[Tensor] = []
+            for key in keys:
+                if (page_N := self.read(key, n)) is None:
+                    break
+                pages.append(page_N)
+            future.set_result(pages)
+        except Exception as e:  # the engine's to tell
+            future.set_exception(e)
+
     # From here on, the writer's thread.
 
     def _work(self) -> None:
@@ -136,8 +171,7 @@ class Disk:
                 if not self.off:
                     job()
             except Exception as e:
-                self.off = True
-                log.warning("the cache folder is used no more, %s: %s", self.folder, e)
+                self.give_up(e)
 
     def _look(self) -> None:
         """What an earlier engine left, the longest unused first."""

@@ -30,6 +30,7 @@ from shoal.engine import native, offload, sampler
 from shoal.engine.cache import Cache, bytes_per_token, page_fits, pages_that_fit
 from shoal.engine.disk import Disk
 from shoal.engine.gather import Gatherer, Result
+from shoal.engine.loader import Loader
 from shoal.engine.pages import UNIT, Pages, units
 from shoal.engine.request import Finish, Request, Stats, Step, Token
 from shoal.engine.runner import RowByRow, Runner
@@ -43,7 +44,6 @@ from shoal.ops.dispatch import describe
 log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 512  # in a step: prompts are cut into chunks so that decoding streams never wait for long
-LOAD_BYTES = 2**22  # of pages from the disk in a step, a few milliseconds of it
 TOGETHER_SECONDS = 0.05  # of steps that are taken together: as long a cancellation may wait
 IDLE_SECONDS = 0.2  # without a request, before the books are checked
 FAULTS = 3  # in a row, before the engine rests
@@ -94,6 +94,7 @@ class LocalEngine:
         self._runner = _runner(model, self._cache, deterministic)
         self._speculator = Speculator(self._runner, depth) if depth else None
         self._disk, on_disk = disk, disk.has if disk else lambda key: False
+        self._loader = Loader(disk, self._cache, self.bytes_per_token) if disk else None
         if disk:
             page_fits(disk.max_bytes, self.bytes_per_token * UNIT, "the cache on disk")
             disk.depends_on(n_layers, *_facts(model, self._runner, deterministic))
@@ -104,7 +105,7 @@ class LocalEngine:
         self._inbox: list[Stream] = []
         self._cancelled: list[Stream] = []
         self._arrivals = self._steps = self._tokens_in = self._tokens_cached = 0
-        self._tokens_out = self._drafted = self._accepted = self._loaded = 0
+        self._tokens_out = self._drafted = self._accepted = 0
         self._faults = 0  # since the last whole step
         self._closing = self._forgetting = self._down = False
         self._seeds = random.SystemRandom()
@@ -162,7 +163,7 @@ class LocalEngine:
                 accepted=self._accepted,
                 steps=self._steps,
                 disk_pages=self._disk.pages if self._disk else 0,
-                disk_hits=self._loaded,
+                disk_hits=self._loader.loaded if self._loader else 0,
                 **offload.counted(self.model),
             )
 
@@ -232,8 +233,8 @@ class LocalEngine:
                 return self._loop()
             except BaseException:  # also what would end a thread: it is the only one we have
                 log.critical("the engine begins anew", exc_info=True)
-                if self._disk:
-                    self._disk.forget()
+                if self._loader:
+                    self._loader.forget()
                 self._begin_anew()
 
     def _loop(self) -> None:
@@ -272,11 +273,13 @@ class LocalEngine:
 
     def _step(self) -> None:
         self._take_in()
-        if self._disk:
-            self._load(self._disk)
+        if self._loader:
+            self._loader.step(self._scheduler, self._wake)
         with self._wake:
             work = self._scheduler.schedule()
         if not work:
+            if self._loader:
+                self._loader.wait(TOGETHER_SECONDS)
             return
         try:
             with torch.inference_mode():
@@ -302,8 +305,8 @@ class LocalEngine:
             if self._forgetting:
                 self._forgetting = False
                 self._scheduler.forget()
-                if self._disk:
-                    self._disk.forget()
+                if self._loader:
+                    self._loader.forget()
             for stream in inbox:
                 self._scheduler.add(stream)
                 self._tokens_in += stream.n_prompt
@@ -371,21 +374,6 @@ class LocalEngine:
         tokens, hidden = runner.steps(work, steps, bool(self._speculator), chosen)
         gains = [self._advance(w, its, certain=True) for w, its in zip(work, tokens) if its]
         return gains, [len(its) for its in tokens] if gains else [], hidden
-
-    def _load(self, disk: Disk) -> None:
-        """Pages from the disk for whom they spare computing, so few a step that decoding streams hardly wait."""
-        left, page_bytes = LOAD_BYTES, UNIT * self.bytes_per_token
-        for stream in self._scheduler.running:
-            while left > 0 and self._scheduler.loads(stream):
-                page, key = stream.pages[stream.kept], stream.key(stream.kept)
-                data_N = disk.read(key, page_bytes)
-                left -= page_bytes
-                if data_N is not None:
-                    self._cache.set_page(page, data_N)
-                    with self._wake:
-                        self._scheduler.pages.keep(page, key)
-                        stream.load()
-                        self._loaded += 1
 
     def _store(self, disk: Disk, stream: Stream) -> None:
         """Offer the stream's full pages to the disk, each once."""

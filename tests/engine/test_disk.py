@@ -24,7 +24,7 @@ from shoal.engine.runner import Runner
 from shoal.errors import ResourceError
 from shoal.model.config import ModelConfig
 from shoal.model.transformer import Transformer
-from tests.engine.models import GREEDY, GROUPED, LATENT, expected, ids, model, pages, prompt, request, speculating
+from tests.engine.models import GREEDY, GROUPED, LATENT, expected, idle, ids, model, pages, prompt, request, speculating
 
 START = prompt(200)  # three whole units
 
@@ -125,7 +125,7 @@ def test_a_full_memory_delays_and_changes_nothing(made):
 def test_decoding_goes_on_while_others_load(made, monkeypatch):
     asked(made(), request(START, 1))
     engine, order, began = made(), [], Event()
-    monkeypatch.setattr("shoal.engine.engine.LOAD_BYTES", 1)  # a page a step
+    monkeypatch.setattr("shoal.engine.loader.LOAD_BYTES", 1)  # a page at a time
     read = Disk.read
     monkeypatch.setattr(Disk, "read", lambda *a: order.append("page") or read(*a))
 
@@ -139,6 +139,40 @@ def test_decoding_goes_on_while_others_load(made, monkeypatch):
     assert result.usage.cached == 192 and ids(result) == expected(model(), START, 5)
     places = [i for i, what in enumerate(order) if what == "page"]
     assert len(places) == 3 and all("token" in order[a:b] for a, b in pairwise(places))
+
+
+def test_a_read_that_hangs_holds_nobody_up_and_is_given_up(made, monkeypatch, caplog):
+    asked(made(), request(START, 1))
+    engine, hangs, go_on, told = made(), Event(), Event(), []
+    read = Disk.read
+    monkeypatch.setattr(Disk, "read", lambda *a: (hangs.set(), go_on.wait(20), read(*a))[2])
+    engine.submit(request(START, 5, sink=told.append))
+    assert hangs.wait(10)
+    assert ids(engine.generate([request(prompt(9), 20)])[0]) == expected(model(), prompt(9), 20)
+    assert not told
+    with caplog.at_level(logging.WARNING):
+        monkeypatch.setattr("shoal.engine.loader.READ_SECONDS", 0.0)
+        idle(engine)
+    assert [t.id for step in told for t in step.tokens] == expected(model(), START, 5)
+    assert told[-1].usage.cached == 0 and caplog.text.count("used no more") == 1
+    go_on.set()
+
+
+def test_what_is_read_while_weights_change_is_not_taken_in(made, monkeypatch):
+    m = Transformer(LATENT).init_weights(0)
+    asked(made(m), request(START, 1))
+    engine, hangs, go_on, told = made(m), Event(), Event(), []
+    read = Disk.read
+    monkeypatch.setattr(Disk, "read", lambda *a: (read(*a), hangs.set(), go_on.wait(20))[0])
+    engine.submit(request(START, 5, sink=told.append))
+    assert hangs.wait(10)
+    m.load_state_dict(model(LATENT, seed=1).state_dict())
+    engine.forget()
+    idle(engine)
+    go_on.set()
+    settled(engine)
+    assert [t.id for step in told for t in step.tokens] == expected(model(LATENT, seed=1), START, 5)
+    assert told[-1].usage.cached == 0 == engine.stats().disk_hits
 
 
 def test_many_answers_to_one_prompt_read_it_once(made):
