@@ -162,6 +162,7 @@ class LocalEngine:
                 drafted=self._drafted,
                 accepted=self._accepted,
                 steps=self._steps,
+                draft_speedup=self._speculator.worth.speedup if self._speculator else 1.0,
                 disk_pages=self._disk.pages if self._disk else 0,
                 disk_hits=self._loader.loaded if self._loader else 0,
                 **offload.counted(self.model),

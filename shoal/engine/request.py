@@ -127,6 +127,7 @@ class Stats:
     drafted: int
     accepted: int
     steps: int
+    draft_speedup: float = 1.0  # tokens a second with drafts over those without; 1 where they rest
     disk_pages: int = 0
     disk_hits: int = 0
     experts_chosen: int = 0  # from here on where experts come from the disk: see offload.OffloadStats

@@ -96,6 +96,14 @@ class Worth:
 
     def __init__(self):
         self._sizes: dict[int, _Ways] = {}
+        self._last = _Ways()
+
+    @property
+    def speedup(self) -> float:
+        """Tokens a second of the best way over those without drafts, at the latest batch size; 1 until known."""
+        ways = self._last
+        best, plain = ways.speed.get(ways.best), ways.speed.get(None)
+        return best / plain if best and plain else 1.0
 
     def __call__(self, streams: int) -> float | None:
         """The way of this step."""
@@ -103,7 +111,8 @@ class Worth:
 
     def record(self, streams: int, tokens: int, seconds: float, steps: int = 1) -> None:
         """What a step (or several) of so many decoding streams and nothing else gave."""
-        self._of(streams).record(tokens, seconds, steps)
+        self._last = self._of(streams)
+        self._last.record(tokens, seconds, steps)
 
     def _of(self, streams: int) -> "_Ways":
         return self._sizes.setdefault(streams.bit_length(), _Ways())

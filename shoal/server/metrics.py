@@ -15,6 +15,7 @@ GAUGES = {
     "waiting": "requests queued",
     "pages": "cache pages",
     "pages_used": "",
+    "draft_speedup": "tokens a second with drafts over those without, at the latest batch size",
     "disk_pages": "pages of the prefix cache in files",
 }
 COUNTERS = {

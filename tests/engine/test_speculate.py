@@ -178,6 +178,15 @@ def test_the_best_way_is_found_and_the_others_tried_again(best: float | None):
     assert ways.count(best) + 2 * (n - ways.count(best)) < 1.04 * n  # seconds, in those of the best way
 
 
+def test_the_speedup_is_that_of_the_latest_batch_size():
+    worth = Worth()
+    assert worth.speedup == 1.0
+    for streams, gain in ((1, 1.5), (8, 0.9)):
+        for _ in range(400):
+            worth.record(streams, streams, 1.0 if worth(streams) is None else 1 / gain)
+        assert worth.speedup == pytest.approx(max(gain, 1.0))
+
+
 def test_it_changes_its_mind_and_each_batch_size_has_its_own():
     worth, ways = Worth(), []
     for step in range(8000):
