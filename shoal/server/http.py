@@ -1,4 +1,4 @@
-"""The app: routes, with and without /v1, over one `Service`; and the server that runs it and drains on SIGTERM.
+"""The app: routes, under /v1, /beta and neither, over one `Service`; and the server that runs it and drains on SIGTERM.
 
     wire (connections) → Gate (head, key, body) → a route here → Service.admit → Answering
 
@@ -83,7 +83,8 @@ def build(service: Service, hosts: frozenset[str] = frozenset()) -> ASGIApp:
     app.openapi = lambda: described(app)
     routes = api.routes()
     app.include_router(routes, prefix="/v1")
-    app.include_router(routes, include_in_schema=False)
+    for prefix in ("", "/beta"):  # DeepSeek's own: the second for its FIM and prefix completion
+        app.include_router(routes, prefix=prefix, include_in_schema=False)
     app.include_router(page.router())
     for path, route in (("/health", api.health), ("/ready", api.ready), ("/metrics", api.metrics_text)):
         app.add_api_route(path, route, methods=["GET"])

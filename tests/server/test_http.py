@@ -167,7 +167,10 @@ def test_models_and_paths_without_v1(served):
     assert served.client().models.retrieve(NAME).id == NAME
     assert served.http.get("/models").json() == served.http.get("/v1/models").json()
     asked = {"model": CHAT, "messages": SAY_HI}
-    assert served.http.post("/chat/completions", json=asked).json()["choices"][0]["message"]["content"] == TEXT
+    for path in ("/chat/completions", "/beta/chat/completions"):
+        assert served.http.post(path, json=asked).json()["choices"][0]["message"]["content"] == TEXT
+    answer = served.ask("/beta/completions", prompt="a", suffix="b")
+    assert answer.json()["choices"][0]["text"] == TEXT and served.rows()[-1]["route"] == "/v1/completions"
 
 
 def test_errors_are_those_of_the_official_client(served):
@@ -202,7 +205,7 @@ def test_metrics_health_and_usage(served):
     text = served.http.get("/metrics").text
     assert 'shoal_requests_total{route="/chat/completions",status="200"}' in text
     assert f'shoal_billed_tokens_total{{kind="out"}} {float(sum(r["completion"] for r in rows))}' in text
-    assert "shoal_engine_running 0.0" in text
+    assert "shoal_engine_running 0.0" in text and "shoal_engine_draft_speedup 1.0" in text
     until(lambda: served.http.get("/usage?by=model").json()["data"][0]["requests"] >= len(rows))
     group = served.http.get("/v1/usage?by=model").json()["data"][0]
     assert group["group"] == NAME and group["cost_usd"] == pytest.approx(sum(r["cost"] for r in rows) / 1e9)
