@@ -1,6 +1,7 @@
 """Requests of the API, typed and strict: a field we don't know is named, not dropped; a number out of range is refused.
 
     body → strict.parse (JSON with one meaning) → ChatRequest or CompletionRequest (pydantic, strict) → Ask (ours)
+                                                  their fields' types: fields.py
 
 Fields are OpenAI's and DeepSeek's (`thinking`, `reasoning_effort`, `prefix`, FIM's `suffix`), and three of ours:
 `top_k`, `min_p`, `repetition_penalty`. Left out on purpose: images and audio (text models), chat templates and prompt
@@ -9,37 +10,36 @@ embeddings from clients, `best_of`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shoal.engine import schema
-from shoal.engine.request import MOST_STOP_CHARS, MOST_STOPS, Sampling
+from shoal.engine.request import Sampling
 from shoal.errors import RequestError
 from shoal.server import strict
+from shoal.server.fields import (
+    MAX_CHOICES,
+    Biases,
+    Content,
+    First,
+    Inputs,
+    Label,
+    Metadata,
+    Named,
+    Prompts,
+    Stops,
+    drawable,
+    fault,
+)
 from shoal.server.problem import Problem
 from shoal.server.turns import Form
 
-MAX_CHOICES = 16
-MAX_INPUTS = 256  # texts of one request to embed
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
 MAX_TOKENS = 2**24
-MAX_BIASES = 1000
 MAX_LOGPROBS = 20
 MAX_FIELDS = 64  # of one object; more are never looked at one by one
-MAX_METADATA = 16
 ID_BYTES = 2  # what a token id in a prompt counts as, next to text
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 EFFORTS = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 32768}  # tokens of thinking
@@ -47,95 +47,6 @@ EFFORTS = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 32768
 CHAT, REASONER = "deepseek-chat", "deepseek-reasoner"
 
 T = TypeVar("T", bound=BaseModel)
-
-
-def fault(message: str) -> PydanticCustomError:
-    return PydanticCustomError("shoal", "{message}", {"message": message})
-
-
-class First(FailFast):
-    """Of a list's faults only the first is looked for. (pydantic's own can't stand in a union on Python 3.11.)"""
-
-    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
-
-
-def joined(content: Any) -> Any:
-    """A list of text parts as one text. Whatever else could stand in it is refused by name, and never opened."""
-    if not isinstance(content, list):
-        return content
-    pieces = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            named = strict.shown(kind, 32) if isinstance(kind, str) else "no type"
-            raise fault(f'a content part of {named}; only parts of type "text" can be read')
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise fault('a text part is {"type": "text", "text": …}')
-        pieces.append(part["text"])
-    return "".join(pieces)
-
-
-def few(metadata: Any) -> Any:
-    if isinstance(metadata, dict) and len(metadata) > MAX_METADATA:
-        raise fault(f"{len(metadata):,} entries; at most {MAX_METADATA}")
-    return metadata
-
-
-def drawable(temperature: Any) -> Any:
-    """0 is greedy; what lies just above it is nothing else, but overflows (engine/sampler.py has the same bound)."""
-    if isinstance(temperature, int | float) and 0 < temperature < 1e-3:
-        raise fault("0, or 0.001 to 2")
-    return temperature
-
-
-def listed(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
-def biases(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if len(value) > MAX_BIASES:
-        raise fault(f"{len(value):,} entries; at most {MAX_BIASES:,}")
-    if not all(key.isascii() and key.isdecimal() and len(key) < 10 for key in value):
-        raise fault("keys are token ids")
-    return {int(key): bias for key, bias in value.items()}
-
-
-def prompts(value: Any, most: int = MAX_CHOICES) -> Any:
-    """Text, token ids, or a list of either → a list of prompts."""
-    if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int)):
-        value = [value]
-    if isinstance(value, list) and len(value) > most:
-        raise fault(f"{len(value):,} prompts; at most {most}")
-    return value
-
-
-TEXT_OR_PARTS: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
-Content = Annotated[str, BeforeValidator(joined), WithJsonSchema(TEXT_OR_PARTS)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-StopText = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARS)]
-Stops = Annotated[list[StopText], Field(max_length=MOST_STOPS), First(), BeforeValidator(listed)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Biases = Annotated[
-    dict[int, Bias],
-    BeforeValidator(biases),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
-]
-TokenIds = Annotated[list[TokenId], First()]
-Texts = Annotated[list[str | TokenIds], Field(min_length=1), First()]
-Prompts = Annotated[Texts, BeforeValidator(prompts)]
-TEXTS_OR_IDS: dict[str, Any] = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "minItems": 1},
-    ]
-}
-Inputs = Annotated[Texts, BeforeValidator(partial(prompts, most=MAX_INPUTS)), WithJsonSchema(TEXTS_OR_IDS)]
-Named = Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")]  # what a database can be asked for
-Metadata = Annotated[dict[str, str], BeforeValidator(few)]
 
 
 class Strict(BaseModel):
@@ -256,7 +167,12 @@ class Drawn(Strict):
     stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=256)
+    user: Label | None = None
+    store: Literal[False] | None = None  # from here on OpenAI's, for its own bookkeeping: answers don't depend on them
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: Label | None = None
+    safety_identifier: Label | None = None
 
     @model_validator(mode="after")
     def options_of_a_stream(self) -> "Drawn":
@@ -280,6 +196,7 @@ class Drawn(Strict):
 
 
 class ChatRequest(Drawn):
+    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
     messages: Annotated[list[Message], First()] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
@@ -331,7 +248,7 @@ class EmbeddingRequest(Strict):
     input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = None  # a model's vectors have one length
-    user: str | None = Field(None, max_length=256)
+    user: Label | None = None
 
 
 class BatchRequest(Strict):

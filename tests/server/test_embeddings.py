@@ -6,7 +6,7 @@ import struct
 import openai
 import pytest
 
-from shoal.server.protocol import MAX_INPUTS
+from shoal.server.fields import MAX_INPUTS
 from tests.server.fake import FakeEngine
 from tests.server.running import NAME, PRICES, Running, assert_refused, until
 

@@ -54,6 +54,10 @@ CASES = {
     "22 repetition": ({"repetition_penalty": 0}, "repetition_penalty"),
     "23 unknown": ({"temprature": 1}, "temprature"),
     "23 unknown, deeper": ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour"),
+    "23 what we don't keep": ({"store": True}, "store"),
+    "23 another tier": ({"service_tier": "priority"}, "service_tier"),
+    "23 metadata without end": ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+    "35 spoken answers": ({"modalities": ["text", "audio"]}, "modalities"),
     "24 a million biases": ({"logit_bias": {str(i): 1 for i in range(200_000)}}, "logit_bias"),
     "24 an unknown token": ({"logit_bias": {"260": 1}}, "logit_bias"),
     "24 no token": ({"logit_bias": {"-1": 1}}, "logit_bias"),
@@ -250,6 +254,15 @@ def test_43_a_prefix_of_another_tenant_is_no_hit(served):
             break
         time.sleep(0.05)
     assert response.json()["usage"]["prompt_cache_hit_tokens"] == 0
+
+
+def test_what_openais_clients_send_for_its_own_books_changes_nothing(served):
+    books = {"store": False, "metadata": {"a": "b"}, "service_tier": "auto", "modalities": ["text"]}
+    books |= {"prompt_cache_key": "k", "safety_identifier": "s"}
+    answers = [served.ask(**fields).json() for fields in ({}, books)]
+    assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"] == answers[1]["usage"]
+    one, other = served.engine.requests[-2:]
+    assert (one.tokens, one.sampling.temperature, one.salt) == (other.tokens, other.sampling.temperature, other.salt)
 
 
 def test_tool_rounds_and_prefixes_are_taken(served):
