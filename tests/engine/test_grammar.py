@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shoal.data.chat import DEEPSEEK_CALLS, JSON_CALLS, LLAMA_CALLS
+from shoal.engine import grammar
 from shoal.engine.grammar import Grammar, Grammars
 from shoal.engine.request import Step
 from shoal.errors import RequestError
@@ -185,6 +186,24 @@ def test_schemas_that_cannot_be_followed_are_refused_in_time(grammars, schema):
     assert process.memory_info().rss - before < 64 * 2**20
     assert e.value.param == "response_format" and len(e.value.got) < 500
     grammars.json_schema(PERSON)
+
+
+@pytest.mark.slow  # starts two children
+def test_37_a_compile_that_never_ends_is_killed(tmp_path, monkeypatch):
+    hanging = "from grammar_child import answer as compiled\n\ndef answer(question):\n"
+    hanging += "    while 'hang' in question['lark']: pass\n    return compiled(question)\n"
+    (tmp_path / "hanging.py").write_text(f"import sys\nsys.path.append({str(grammar.SCRIPT.parent)!r})\n{hanging}")
+    monkeypatch.setattr(grammar, "SCRIPT", tmp_path / "hanging.py")
+    monkeypatch.setattr(grammar, "SECONDS", 0.3)
+    grammars = Grammars(TOKENIZER, VOCAB, MARKS.ends)
+    grammars.json_schema(PERSON)
+    first = grammars.child.process
+    assert first is not None and first.poll() is None
+    with pytest.raises(RequestError, match="no end in 0.3 s") as e:
+        grammars.json_schema({"enum": ["hang"]})
+    assert e.value.param == "response_format" and first.poll() is not None
+    grammars.json_schema({"enum": ["on"]})
+    grammars.close()
 
 
 @pytest.mark.parametrize(
