@@ -83,8 +83,7 @@ export class Generation {
     stats.cached = usage.prompt_cache_hit_tokens ?? usage.prompt_tokens_details?.cached_tokens ?? 0;
     stats.out = usage.completion_tokens;
     stats.thinking = details.reasoning_tokens ?? 0;
-    const cost = usage.cost_usd ?? usage.cost;
-    if (cost > 0) stats.cost = cost; // nothing where no prices are set
+    if (usage.cost_usd > 0) stats.cost = usage.cost_usd; // nothing where no prices are set
     stats.exact = 1;
     if (this.firstAt) this.rate(this.lastAt);
   }

@@ -60,7 +60,7 @@ def visit(browser, api):
         page.on("pageerror", lambda error: said.append(str(error)))
         page.add_init_script(WATCH)
         page.goto(url or api.url)
-        page.wait_for_selector("#model option[value='shoal-107m'], #notice:not([hidden])", state="attached")
+        page.wait_for_selector("#model option[value='deepseek-chat'], #notice:not([hidden])", state="attached")
         opened.append((page, url or api.url, asked, said, expected))
         return page
 

@@ -186,7 +186,7 @@ def spent(thought: int, answer: int) -> dict[str, Any]:
         "prompt_cache_hit_tokens": 1088,
         "prompt_cache_miss_tokens": 122,
         "completion_tokens_details": {"reasoning_tokens": thought},
-        "cost": 0.000312,
+        "cost_usd": 0.000312,
     }
 
 

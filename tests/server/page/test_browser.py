@@ -10,8 +10,10 @@ import pytest
 
 pytest.importorskip("playwright")
 
+from tests.server.fake import END, THINK_END, FakeEngine
 from tests.server.page.scripted import ANSWER, THOUGHT
 from tests.server.page.visiting import LAST, PATIENCE, ask, begin, path_of, settle, stored, until
+from tests.server.running import Running
 
 pytestmark = pytest.mark.browser
 
@@ -38,6 +40,28 @@ def test_an_answer_with_thinking_code_table_links_and_figures(visit, api):
     assert page.locator("#context").inner_text().strip() == f"{1210 + n:,} / 4,096"
     assert page.locator("#context").get_attribute("aria-valuenow") == str(1210 + n)
     assert api.asked[-1]["messages"] == [{"role": "user", "content": "think about merging"}]
+
+
+def test_the_real_server_speaks_as_the_page_expects(visit, tmp_path):
+    engine = FakeEngine(lambda _: [*b"Hmm.", THINK_END, *b"**Yes**.", END], pause=0.02)
+    with Running(tmp_path, engine) as server:
+        page = visit(f"{server.url}/", expected="401")
+        page.click("#notice button:text-is('Enter a key')")
+        page.fill("dialog input[type=password]", server.key)
+        page.click("dialog button:text-is('Save')")
+        page.wait_for_selector("#model option[value='deepseek-chat']", state="attached")
+        page.keyboard.press("Escape")
+        for cached in ("", ", 64 cached"):
+            ask(page, "a question that is long enough to fill a unit of the prefix cache")
+            answer = page.locator(LAST)
+            assert re.fullmatch(r"Thought [\d.]+ s · 4 tokens", answer.locator("summary").inner_text())
+            assert answer.locator(".prose strong").inner_text() == "Yes"
+            figures = answer.locator(".stats").inner_text()
+            assert re.search(rf" in{cached} · 4 thinking · 14 out · \$0\.0", figures), figures
+        assert page.locator("#context").inner_text().strip().endswith("/ 4,096")
+        rows = server.rows()
+        page.click("button:has-text('Keys and usage')")
+        page.wait_for_selector(f".usage td:text-is('{sum(row['prompt'] for row in rows)}')")
 
 
 def test_figures_run_while_it_writes_and_stop_stops_the_server(visit, api):
