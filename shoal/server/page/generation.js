@@ -71,7 +71,7 @@ export class Generation {
   tick() {
     const { node } = this;
     const now = performance.now();
-    if (node.reasoning) node.stats.thought = ((this.thoughtTo ?? now) - this.firstAt) / 1000;
+    if (node.reasoning) node.stats.thought = Math.max(0.01, ((this.thoughtTo ?? now) - this.firstAt) / 1000);
     if (this.firstAt) this.rate(now);
     this.changed();
   }

@@ -43,7 +43,7 @@ def test_an_answer_with_thinking_code_table_links_and_figures(visit, api):
 
 
 def test_the_real_server_speaks_as_the_page_expects(visit, tmp_path):
-    engine = FakeEngine(lambda _: [*b"Hmm.", THINK_END, *b"**Yes**.", END], pause=0.02)
+    engine = FakeEngine(lambda _: [*b"Hmm.", THINK_END, *b"**Yes**.", END], per_step=20)
     with Running(tmp_path, engine) as server:
         page = visit(f"{server.url}/", expected="401")
         page.click("#notice button:text-is('Enter a key')")
@@ -54,7 +54,8 @@ def test_the_real_server_speaks_as_the_page_expects(visit, tmp_path):
         for cached in ("", ", 64 cached"):
             ask(page, "a question that is long enough to fill a unit of the prefix cache")
             answer = page.locator(LAST)
-            assert re.fullmatch(r"Thought [\d.]+ s · 4 tokens", answer.locator("summary").inner_text())
+            thought = re.fullmatch(r"Thought ([\d.]+) s · 4 tokens", answer.locator("summary").inner_text())
+            assert thought and float(thought[1]) > 0
             assert answer.locator(".prose strong").inner_text() == "Yes"
             figures = answer.locator(".stats").inner_text()
             assert re.search(rf" in{cached} · 4 thinking · 14 out · \$0\.0", figures), figures
