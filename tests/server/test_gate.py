@@ -168,12 +168,17 @@ def test_08_the_limit_is_ten_seconds(served):
     assert served.service.limits.head_seconds <= 10 and served.service.limits.body_seconds <= 10
 
 
-def test_09_a_reader_that_stalls_is_cancelled_and_billed(tmp_path):
-    endless = FakeEngine(lambda _: [120] * 10**6, per_step=200, context=10**6 + 10)
-    with Running(tmp_path, endless, stall_seconds=0.5, buffered_deltas=2000) as s:
+@pytest.mark.parametrize("limit", [{"stall_seconds": 0.5}, {"buffered_deltas": 2000}], ids=["by time", "by pieces"])
+def test_09_a_reader_that_stalls_is_cancelled_and_billed(tmp_path, limit):
+    endless = FakeEngine(lambda _: [120] * 10**6, per_step=200, pause=0.005, context=10**6 + 10)
+    with Running(tmp_path, endless, **{"stall_seconds": 4.0, "buffered_deltas": 10**6} | limit) as s:
         sock = s.raw(request_bytes(s.key, stream=True, max_tokens=900_000))
         sock.recv(1000)
-        until(lambda: bool(endless.cancelled), 20)
+        waiting = [0]
+        while not endless.cancelled:
+            waiting += [generation.waiting for generation in list(s.service.generations.values())]
+            time.sleep(0.01)
+        assert max(waiting) < limit.get("buffered_deltas", 10**6) + 20_000  # what a busy loop takes in at once
         until(lambda: endless.idle)
         row = s.rows()[0]
         assert row["finish"] == "stalled" and 0 < row["completion"] < 900_000
