@@ -24,7 +24,7 @@ class Limits:
     stall_seconds: float = 30.0  # a reader that takes nothing for so long is gone
     buffered_deltas: int = 4096  # of one stream whose reader is slow
     cancel_seconds: float = 5.0  # for the engine to confirm
-    stuck_seconds: float = 120.0  # a step of the engine; reading experts from the disk counts as getting on
+    stuck_seconds: float = 600.0  # of a step, more than the slowest honest one; reading experts counts as getting on
     drain_seconds: float = 30.0
     completion_tokens: int = 4096  # where max_tokens is left out
     thinking_tokens: int = 32768  # the same, thinking included
