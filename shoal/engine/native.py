@@ -103,6 +103,8 @@ class Native(Runner):
         self.angles = angles(torch.arange(min(n_positions, model.config.max_positions)), model.config)
         for p in model.parameters():
             cpu.collapse(p)
+        for kept in (kept for layer in cache.layers for kept in layer):
+            cpu.prefer_huge(kept)
         V = model.config.vocab_size
         self.most_drawn = min(MOST, max(1, LOGITS_BYTES // (4 * V)))
         self._logits = torch.zeros(self.most_drawn, V)

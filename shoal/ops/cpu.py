@@ -260,6 +260,11 @@ def huge(n: int) -> Tensor:
     return room
 
 
+def prefer_huge(x: Tensor) -> None:
+    """Let pages of `x` that aren't in memory yet be huge ones."""
+    _advise(x, MADV_HUGEPAGE)
+
+
 def collapse(x: Tensor) -> None:
     """Move what stands in memory onto huge pages where the system can: reading it needs fewer translations."""
     _advise(x, MADV_HUGEPAGE)

@@ -3,7 +3,7 @@
 #include "products.h"
 
 #define UNIT 64    /* tokens in a page: engine/pages.py */
-#define TOGETHER 4 /* heads that share the reading of a key */
+#define TOGETHER 8 /* heads in a task at most, which share the reading of keys */
 #define FOLDED 16  /* rows of an up-projection that are asked for before they are needed */
 
 enum { HALVES, PAIRS }; /* how the two numbers that turn together lie: Llama's and Qwen2's layout, DeepSeek's */
@@ -20,6 +20,9 @@ INLINE void rotated(const bf16 *x, const Step *s, i64 row, i64 R, const int layo
         y[i * step + apart] = (bf16)_mm_extract_epi16(narrow, 1);
     }
 }
+
+/* Heads in a task: fewer where a step has too few rows to keep all threads at work. */
+INLINE i64 together(const Step *s) { return s->singles < 4 ? TOGETHER / 2 : TOGETHER; }
 
 /* The row of the latent cache: c normed, k_rope turned. x is kv_down's [C | R]. */
 static void keep_latent(const Worker *t, i64 row) {
@@ -73,6 +76,10 @@ static void attend_row(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, co
     for (i64 i = 0; i < h; i++) top[i] = _mm512_set1_ps(-INFINITY);
     for (i64 at = 0; at < seen; at += 16) { /* rows behind the last token's are there, and masked */
         const bf16 *k = keys + (pages[at / UNIT] * UNIT + at % UNIT) * width;
+        i64 next = at + 16 < seen ? at + 16 : at;
+        const bf16 *ahead = keys + (pages[next / UNIT] * UNIT + next % UNIT) * width;
+        for (i64 n = 0; n < 16; n++)
+            for (i64 w = 0; w < W; w += 32) _mm_prefetch((const char *)(ahead + n * width + w), _MM_HINT_T0);
         __mmask16 valid = seen - at >= 16 ? 0xffff : (1 << (seen - at)) - 1;
         for (i64 i = 0; i < h; i++) {
             __m512 acc[16];
@@ -139,10 +146,10 @@ INLINE void fold(const int NV, const bf16 *q, i64 N, const bf16 *w, i64 C, bf16 
 }
 
 /* Latent attention of a row, absorbed: q [H, N + R] folded into the latent by W_k, sums unfolded by W_v, both halves of
- * w [H, N + V, C]. Nothing is rebuilt. Heads from `first` on, TOGETHER at most. */
-static void absorbed(const Worker *t, i64 row, i64 first) {
+ * w [H, N + V, C]. Nothing is rebuilt. h ≤ TOGETHER heads from `first` on. */
+static void absorbed(const Worker *t, i64 row, i64 first, i64 h) {
     const Instruction *c = t->code;
-    i64 C = c->K, W = C + c->R, h = c->H - first < TOGETHER ? c->H - first : TOGETHER;
+    i64 C = c->K, W = C + c->R;
     bf16 folded[TOGETHER * W], latent[C];
     float out[TOGETHER * C];
     for (i64 i = 0; i < h; i++) {
@@ -206,11 +213,11 @@ static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
     forward_head(q, K, k, K, v, V, y, c->ys, NULL, 0, L, S, K, V, c->scale, v + S * V);
 }
 
-/* A task: TOGETHER heads of a single row, or one head of a chunk. */
+/* A task: some heads of a single row, or one head of a chunk. */
 static void attend_latent(const Worker *t, i64 task) {
     const Step *s = t->step;
-    i64 parts = ceil_div(t->code->H, TOGETHER), singles = s->singles * parts;
-    if (task < singles) return absorbed(t, task / parts, task % parts * TOGETHER);
+    i64 H = t->code->H, h = together(s), parts = ceil_div(H, h), singles = s->singles * parts;
+    if (task < singles) return absorbed(t, task / parts, task % parts * h, least(h, H - task % parts * h));
     const i64 *at = s->chunk_at + (task - singles) / t->code->H;
     rebuilt(t, at[0], at[1] - at[0], (task - singles) % t->code->H);
 }
@@ -245,15 +252,14 @@ static void attend_chunk(const Worker *t, i64 start, i64 L, i64 head) {
     forward_head(q, K, k, K, v, K, y, c->ys, NULL, 0, L, S, K, K, c->scale, v + S * K);
 }
 
-/* A task: heads of a single row that share a key-value head, TOGETHER at most; or one head of a chunk. */
+/* A task: heads of a single row that share a key-value head, or one head of a chunk. */
 static void attend_heads(const Worker *t, i64 task) {
     const Instruction *c = t->code;
     const Step *s = t->step;
-    i64 shared = c->H / c->G, parts = ceil_div(shared, TOGETHER), singles = s->singles * c->G * parts;
+    i64 shared = c->H / c->G, h = together(s), parts = ceil_div(shared, h), singles = s->singles * c->G * parts;
     if (task < singles) {
-        i64 g = task / parts % c->G, first = task % parts * TOGETHER;
-        i64 h = shared - first < TOGETHER ? shared - first : TOGETHER;
-        return attend_group(t, task / (c->G * parts), g, g * shared + first, h);
+        i64 g = task / parts % c->G, first = task % parts * h;
+        return attend_group(t, task / (c->G * parts), g, g * shared + first, least(h, shared - first));
     }
     const i64 *at = s->chunk_at + (task - singles) / c->H;
     attend_chunk(t, at[0], at[1] - at[0], (task - singles) % c->H);

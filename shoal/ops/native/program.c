@@ -229,8 +229,8 @@ static i64 tasks(const Instruction *c, const Step *s) {
     void (*kind)(const Worker *, i64) = KINDS[c->kind];
     if (kind == linear || kind == gated) return ceil_div(c->N, width(c, s)) * ceil_div(s->T, ROWS);
     if (kind == experts_gated || kind == experts_down) return s->n_busy * ceil_div(c->N, width(c, s));
-    if (kind == attend_latent) return s->singles * ceil_div(c->H, TOGETHER) + s->chunks * c->H;
-    if (kind == attend_heads) return s->singles * c->G * ceil_div(c->H / c->G, TOGETHER) + s->chunks * c->H;
+    if (kind == attend_latent) return s->singles * ceil_div(c->H, together(s)) + s->chunks * c->H;
+    if (kind == attend_heads) return s->singles * c->G * ceil_div(c->H / c->G, together(s)) + s->chunks * c->H;
     if (kind == logits) return ceil_div(c->E, 4);
     return kind == route ? ceil_div(s->T, ROUTED) : s->T;
 }
@@ -299,7 +299,7 @@ static i64 rows_of_x(const Instruction *c, const Step *s) {
     return KINDS[c->kind] == experts_down ? s->T * c->A : s->T;
 }
 
-/* Whether a product's matrices are in bf16, whose rows of x are met as they are. A mixture's experts are of one form. */
+/* Whether a product's matrices are in bf16, which meet rows of x as they are. A mixture's experts are of one form. */
 static int is_plain(const Instruction *c) {
     const Matrix *w = c->matrices + (KINDS[c->kind] == experts_down ? 2 : 0), *end = w + 3 * c->E;
     while (w + 3 < end && !w->codes) w += 3;
