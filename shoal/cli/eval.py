@@ -46,8 +46,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--tasks", default="", help="names with commas between them")
     parser.add_argument("--levels", type=levels, metavar="1,2", help="of difficulty; default: all that the tasks have")
-    parser.add_argument("--items", type=int, default=200, help="problems in all; default 200")
-    parser.add_argument("--whole", action="store_true", help="all problems of files, not only the held-out eighth")
+    how_many = parser.add_mutually_exclusive_group()
+    how_many.add_argument("--items", type=int, default=200, help="problems in all; default 200")
+    how_many.add_argument("--whole", action="store_true", help="all problems of files, not only the held-out eighth")
     parser.add_argument("--samples", type=int, default=1, help="attempts at each; default 1")
     parser.add_argument(
         "--budgets", type=budgets, default=[None], metavar="0,64,free",

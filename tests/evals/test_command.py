@@ -112,5 +112,7 @@ def test_a_benchmark_may_be_taken_whole(monkeypatch):
     monkeypatch.setattr(catalog, "resolve", lambda names: (made,))
     assert verb.chosen(asked) == ITEMS[:2]
     monkeypatch.setattr(catalog, "resolve", lambda names: (made, replace(made, name="endless", items=())))
+    with pytest.raises(SystemExit):
+        verb.parse(["m", "--tasks", "math:gsm", "--whole", "--items", "20"])
     with pytest.raises(ConfigError, match="--whole with endless"):
         verb.chosen(asked)
