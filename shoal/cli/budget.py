@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shoal.engine.split import Parts
 
 GROWTH = 64 << 20  # of the process beside what is counted: stacks of threads, requests, what malloc keeps
+DRIFT = 4 << 20  # by which one start's process differs from another's
 CACHE_SHARE = 8  # of what is left beside process and near weights, one part in so many is for the cache
 LEAST_CONTEXT = 1024  # tokens that the cache holds where nothing else is said, at least
 
@@ -57,7 +58,12 @@ def open_within(
     from shoal.precision import weights
 
     parts = split.examine(folder, getattr(torch, dtype))
-    d, cache, whole = division(parts, memory, cache, context, runtime.resident_bytes() + GROWTH, device)
+    process = runtime.resident_bytes() + GROWTH
+    try:
+        d, cache, whole = division(parts, memory, cache, context, process, device)
+    except ResourceError:  # what it names shall do when it is tried, by a process that is not quite this one
+        division(parts, memory, cache, context, process + DRIFT, device)
+        raise
     if whole:
         tell(d, 0, 0, "")
         model, files = weights.opened(folder, getattr(torch, dtype), device)

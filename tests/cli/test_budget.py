@@ -81,6 +81,19 @@ def test_a_budget_too_small_is_refused_with_the_smallest_that_works(parts):
         divided(parts, smallest - 2 * MIB)
 
 
+def test_the_smallest_budget_works_though_the_next_process_is_a_little_larger(parts, monkeypatch):
+    folder, process = parts.stored.files.folder, [100 * MIB, 103 * MIB]
+    monkeypatch.setattr(budget, "prepared", lambda *_: (folder, None, None, "cpu"))
+    monkeypatch.setattr("shoal.runtime.resident_bytes", lambda: process[0])
+    with pytest.raises(ResourceError) as e:
+        budget.open_within("", "bfloat16", None, 64 * MIB)
+    smallest = int(re.search(r"--memory (\d+)MiB", e.value.fix)[1]) * MIB  # type: ignore[index]
+    process.pop(0)
+    sized = budget.open_within("", "bfloat16", None, smallest)
+    assert sized.cache_bytes
+    LocalEngine(sized.opened.model).close()
+
+
 def test_a_cache_that_was_asked_for_is_not_made_smaller(parts):
     d, cache, _ = divided(parts, 300 * MIB, cache=20 * MIB)
     assert cache == d.cache == 20 * MIB
