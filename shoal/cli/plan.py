@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,8 +24,10 @@ from shoal.plan.hardware import BUS_RATE, DISK_RATES, GPU_RATE, GPUS, RAM_RATE
 from shoal.plan.memory import gib
 from shoal.runtime import disk_bytes_per_s, read_bytes_per_s
 
-PUBLISHED = {"deepseek-v3": "v3-671b", "deepseek-r1": "v3-671b", "deepseek-v2": "v2-236b"}
-PUBLISHED |= {"deepseek-v2-lite": "v2-lite-16b"} | {f"deepseek-{k}": k for k in PRESETS if k.startswith("r1-")}
+PUBLISHED = {"deepseek-v3": "v3-671b", "deepseek-v3.1": "v3-671b", "deepseek-r1": "v3-671b"}
+PUBLISHED |= {"deepseek-v2": "v2-236b", "deepseek-v2.5": "v2-236b", "deepseek-v2-lite": "v2-lite-16b"}
+PUBLISHED |= {k.replace("r1-", "deepseek-r1-distill-"): k for k in PRESETS if k.startswith("r1-")}
+EDITIONS = re.compile("(-(base|chat|zero|terminus|[0-9]{4}))+$")  # of one shape
 SCRATCH_BYTES = 512 << 20  # of a file that the disk is measured on, where the model isn't here
 
 
@@ -83,7 +86,7 @@ def described(name: str) -> tuple[ModelConfig, Path | None]:
             raise ModelError(f"{name} holds no config.json", expected, "check the path")
         return read_config(read_json(folder, file)), folder
     plain_name = name.lower().rpartition("/")[2]
-    plain_name = PUBLISHED.get(plain_name.removesuffix("-base").removesuffix("-chat"), plain_name)
+    plain_name = PUBLISHED.get(EDITIONS.sub("", plain_name), plain_name)
     begun = [preset for preset in PRESETS if preset.startswith(plain_name)]
     if len(begun) == 1:
         return PRESETS[begun[0]], None
@@ -95,18 +98,26 @@ def described(name: str) -> tuple[ModelConfig, Path | None]:
 
 
 def hardware(args: argparse.Namespace, folder: Path | None) -> Hardware:
-    ram = size(args.ram) if args.ram else psutil.virtual_memory().available
-    ram_rate = rate(args.ram_rate) if args.ram_rate else read_bytes_per_s() if args.here else RAM_RATE
+    gpu_bytes, gpu_rate = card(args.gpu) if args.gpu is not None else (0, 0.0)
+    bus_rate = BUS_RATE if args.bus_rate is None else rate(args.bus_rate)
+    ram = psutil.virtual_memory().available if args.ram is None else size(args.ram)
+    ram_rate = rate(args.ram_rate) if args.ram_rate is not None else read_bytes_per_s() if args.here else RAM_RATE
     if args.disk in DISK_RATES or args.disk == "none":
         disk_rate = DISK_RATES.get(args.disk, 0.0)
     else:
         disk_rate = rate(args.disk)
     if args.here and args.disk == "nvme":
         disk_rate = measured_disk(folder)
-    gpu = GPUS.get(args.gpu) if args.gpu else None
-    gpu_bytes = gpu.memory_bytes if gpu else size(args.gpu) if args.gpu else 0
-    gpu_rate = gpu.read_bytes_per_s if gpu else GPU_RATE if args.gpu else 0.0
-    return Hardware(ram, ram_rate, disk_rate, gpu_bytes, gpu_rate, rate(args.bus_rate) if args.bus_rate else BUS_RATE)
+    return Hardware(ram, ram_rate, disk_rate, gpu_bytes, gpu_rate, bus_rate)
+
+
+def card(asked: str) -> tuple[int, float]:
+    """Bytes, and bytes/s, of a GPU by its name or by its size."""
+    if gpu := {name.lower(): gpu for name, gpu in GPUS.items()}.get(asked.lower()):
+        return gpu.memory_bytes, gpu.read_bytes_per_s
+    if not asked[:1].isdigit():
+        raise ConfigError(f"--gpu {asked!r}", f"a size like 24GiB, or one of {', '.join(GPUS)}", "give its memory")
+    return size(asked), GPU_RATE
 
 
 def measured_disk(folder: Path | None) -> float:

@@ -10,15 +10,15 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def size(text: str) -> int:
     """Bytes of 512MiB, 6GiB, 2GB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", text)
     if not match or match[2].upper() not in UNITS:
         raise ConfigError(f"the size {text!r}", "a size like 512MiB or 6GiB", "write it so")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def rate(text: str) -> float:
-    """Bytes a second of 3GB/s."""
+    """Bytes a second of 3GB/s, at least one."""
     amount, slash, second = text.partition("/")
-    if not slash or second.strip() != "s":
-        raise ConfigError(f"the rate {text!r}", "a rate like 3GB/s", "write it so")
-    return float(size(amount.strip()))
+    if slash and second.strip() == "s" and (found := size(amount.strip())):
+        return float(found)
+    raise ConfigError(f"the rate {text!r}", "a rate like 3GB/s", "write it so")

@@ -243,9 +243,13 @@ def fit(config: ModelConfig, form: Form, machine: Hardware, context: int, hit_ra
     on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.near + w.embedding + cache + buffers
     all_on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.total + cache + buffers
     if all_on_gpu:
+        smallest = smallest_budget(PROCESS_BYTES)
+        if machine.ram_bytes < smallest:
+            why_not = f"{mib(machine.ram_bytes)} for the process {mib(PROCESS_BYTES)}"
+            return Fit(form, w, False, why_not, smallest, {}, 0.0)
         gpu = {"process": GPU_PROCESS_BYTES, "weights": w.total, "cache": cache, "buffers": buffers}
         places = {"GPU": gpu, "RAM": {"process": PROCESS_BYTES}}
-        found = Fit(form, w, True, "", smallest_budget(PROCESS_BYTES), places, 1.0)
+        found = Fit(form, w, True, "", smallest, places, 1.0)
         return timed(found, config, machine, near="GPU memory", far="GPU memory", cache=cache)
     beside = 0 if on_gpu else w.near
     host = {"near": beside, "cache": 0 if on_gpu else cache, "process": PROCESS_BYTES}

@@ -26,10 +26,36 @@ def test_a_model_by_any_of_its_names_is_the_same(capsys, tmp_path):
     assert found[0]["forms"]["int4"]["limit"] == "disk"
 
 
+@pytest.mark.parametrize(
+    ("published", "preset"),
+    [
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "r1-qwen-1.5b"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "r1-llama-8b"),
+        ("deepseek-ai/DeepSeek-V3-0324", "v3-671b"),
+        ("deepseek-ai/DeepSeek-V3.1-Base", "v3-671b"),
+        ("deepseek-ai/DeepSeek-R1-0528", "v3-671b"),
+        ("deepseek-ai/DeepSeek-R1-Zero", "v3-671b"),
+        ("deepseek-ai/DeepSeek-V2-Chat-0628", "v2-236b"),
+        ("deepseek-ai/DeepSeek-V2.5-1210", "v2-236b"),
+        ("DeepSeek-V2-Lite-Chat", "v2-lite-16b"),
+    ],
+)
+def test_models_are_known_by_the_names_they_are_published_under(published, preset):
+    assert plan.described(published) == (PRESETS[preset], None)
+
+
 def test_cards_by_name_or_by_size(capsys):
     by_name = asked(capsys, "v3-671b", "--gpu", "RTX 4090", "--weights", "int4")
     assert by_name["machine"]["gpu_bytes"] == 24e9 and "GPU" in by_name["forms"]["int4"]["places"]
+    assert asked(capsys, "v3-671b", "--gpu", "rtx 4090")["machine"] == by_name["machine"]
     assert asked(capsys, "v3-671b", "--gpu", "24GiB")["machine"]["gpu_bytes"] == 24 * 2**30
+    with pytest.raises(ConfigError, match="RTX 4090"):
+        plan.main(["fit", "v3-671b", "--gpu", "RTX 9999"])
+
+
+def test_a_model_in_the_cards_memory_needs_ram_for_its_process(capsys):
+    assert plan.main(["fit", "tiny", "--gpu", "24GiB", "--ram", "100MiB", "--weights", "bf16"]) == 3
+    assert "100MiB for the process 320MiB" in capsys.readouterr().out
 
 
 def test_what_does_not_run_names_the_smallest_memory_that_works(capsys):
@@ -44,7 +70,22 @@ def test_unknown_models_are_refused(argv):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--disk", "fast"], ["--gpu", "RTX"], ["--ram", "-1"], ["--context", "0"], ["--hit-rate", "2"]]
+    "flags",
+    [
+        ["--disk", "fast"],
+        ["--disk", "0GB/s"],
+        ["--gpu", "RTX"],
+        ["--gpu", ""],
+        ["--ram", "-1"],
+        ["--ram", ""],
+        ["--ram", "9" * 400],
+        ["--ram-rate", "0GB/s"],
+        ["--ram-rate", "0.1B/s"],
+        ["--bus-rate", "0GB/s"],
+        ["--bus-rate", ""],
+        ["--context", "0"],
+        ["--hit-rate", "2"],
+    ],
 )
 def test_machines_that_make_no_sense_are_refused(flags):
     with pytest.raises(ConfigError):
