@@ -14,20 +14,23 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from shoal.cli.export import INT4_GROUP
+from shoal.cli.opened import model_folder
 from shoal.cli.sizes import rate, size
 from shoal.errors import ConfigError, ModelError
 from shoal.model.config import ModelConfig
 from shoal.model.gguf_config import is_gguf
 from shoal.model.presets import PRESETS
-from shoal.plan.fit import FORMS, Fit, Form, Hardware, fit
+from shoal.plan.fit import FORMS, Fit, Form, Hardware, Weights, buffer_bytes, mib, placed, weights
 from shoal.plan.hardware import BUS_RATE, DISK_RATES, GPU_RATE, GPUS, RAM_RATE
 from shoal.plan.memory import gib
-from shoal.runtime import disk_bytes_per_s, read_bytes_per_s
+from shoal.runtime import disk_bytes_per_s, physical_cores, read_bytes_per_s
 
 PUBLISHED = {"deepseek-v3": "v3-671b", "deepseek-v3.1": "v3-671b", "deepseek-r1": "v3-671b"}
 PUBLISHED |= {"deepseek-v2": "v2-236b", "deepseek-v2.5": "v2-236b", "deepseek-v2-lite": "v2-lite-16b"}
 PUBLISHED |= {k.replace("r1-", "deepseek-r1-distill-"): k for k in PRESETS if k.startswith("r1-")}
 EDITIONS = re.compile("(-(base|chat|zero|terminus|[0-9]{4}))+$")  # of one shape
+STORED = "as stored"
 SCRATCH_BYTES = 512 << 20  # of a file that the disk is measured on, where the model isn't here
 
 
@@ -35,9 +38,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="shoal plan", description="Before a model is fetched.")
     fits = parser.add_subparsers(dest="verb", required=True).add_parser("fit", help="will it run, how fast")
     fits.add_argument(
-        "model", help="a preset (v3-671b, v2-lite-16b, …), a published name, a folder, a GGUF file or a config.json"
+        "model",
+        help="a preset (v3-671b, v2-lite-16b, …), a published name, a folder (a run's too), a GGUF file, a config.json",
     )
-    fits.add_argument("--weights", choices=FORMS, help="default: all of them, one line each")
+    fits.add_argument("--weights", choices=FORMS, help="default: as a folder has them, and all of these")
     fits.add_argument("--gpu", metavar="NAME|SIZE", help=f"like 24GiB, or one of {', '.join(GPUS)}; default: none")
     fits.add_argument("--ram", metavar="SIZE", help="that may be used; default: what is free here")
     fits.add_argument("--disk", metavar="KIND|RATE", default="nvme", help="nvme, sata, hdd, none, or like 3GB/s")
@@ -45,6 +49,9 @@ def main(argv: list[str]) -> int:
     fits.add_argument("--bus-rate", metavar="RATE", help=f"between GPU and RAM; default {BUS_RATE / 1e9:.0f}GB/s")
     fits.add_argument("--here", action="store_true", help="measure this machine's RAM and disk, for three seconds")
     fits.add_argument("--context", type=int, default=4096, metavar="N", help="tokens in the cache; default 4096")
+    fits.add_argument(
+        "--threads", type=int, default=physical_cores(), metavar="N", help="default: one a core of this machine"
+    )
     fits.add_argument("--hit-rate", type=float, metavar="P", help="of experts in memory; default: the uniform one")
     fits.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
@@ -52,17 +59,48 @@ def main(argv: list[str]) -> int:
     config, folder = described(args.model)
     machine = hardware(args, folder)
     context = min(args.context, config.max_positions)
-    forms: tuple[Form, ...] = tuple(form for form in FORMS if args.weights in (None, form))
-    found = {form: fit(config, form, machine, context, args.hit_rate) for form in forms}
+    known = {form: in_form(config, form) for form in FORMS if args.weights in (None, form)}
+    if folder and not args.weights and not is_gguf(args.model) and (stored := as_stored(folder)):
+        known = {STORED: stored} | known
+    found = {}
+    for form, (w, few_bits) in known.items():
+        buffers = buffer_bytes(config, context, few_bits, args.threads)
+        found[form] = placed(config, form, w, buffers, machine, context, args.hit_rate)
     if args.json:
         plainly = {form: plain(x) for form, x in found.items()}
         print(json.dumps({"machine": asdict(machine), "context": context, "forms": plainly}))
     else:
-        show(args, machine, context, found, Console(highlight=False, soft_wrap=True))
+        show(args, folder, machine, context, found, Console(highlight=False, soft_wrap=True))
     return 0 if any(x.runs for x in found.values()) else 3
 
 
+def in_form(config: ModelConfig, form: Form) -> tuple[Weights, bool]:
+    """As `shoal quantize` makes it; and whether its matrices are in few bits."""
+    return weights(config, form, {"int4": INT4_GROUP}.get(form, config.dim)), form != "bf16"
+
+
+def as_stored(folder: Path) -> tuple[Weights, bool] | None:
+    """What the files have, as the engine counts it for `--memory`; None where there are none, or wide ones, which it
+    refuses there. Raises ModelError."""
+    from shoal.model.hf_files import read_json
+
+    if not any(folder.glob("*.safetensors")) or read_json(folder, "config.json").get("torch_dtype") == "float32":
+        return None
+    import torch
+
+    from shoal.engine import split
+    from shoal.precision.weights import leaves
+
+    parts = split.examine(folder, torch.bfloat16)
+    moe, n = parts.model.config.moe, len(parts.experts)
+    chosen = n // moe.n_routed_experts * moe.n_activated if moe else 0
+    w = Weights(parts.near_bytes, parts.embedding_bytes, parts.slot_bytes, n, chosen, parts.module_bytes)
+    return w, bool(leaves(parts.model, parts.stored))
+
+
 def check(args: argparse.Namespace) -> None:
+    if args.threads < 1:
+        raise ConfigError(f"--threads {args.threads}", "1 or more", "leave it out for one a core")
     if args.context < 1:
         raise ConfigError(f"--context {args.context}", "1 or more", "ask for at least one token")
     if args.hit_rate is not None and not 0 <= args.hit_rate <= 1:
@@ -72,6 +110,9 @@ def check(args: argparse.Namespace) -> None:
 def described(name: str) -> tuple[ModelConfig, Path | None]:
     """The model by its name, or by its config.json; and its folder, if it is here."""
     path = Path(name)
+    if name and (path / "config.toml").exists():
+        path = model_folder(name)
+        name = str(path)
     if path.exists():
         from shoal.model.hf_config import read_config
         from shoal.model.hf_files import read_json
@@ -136,7 +177,14 @@ def plain(f: Fit) -> dict:
     return asdict(f) | {"limit": f.limit, "bounds": f.bounds()}
 
 
-def show(args: argparse.Namespace, machine: Hardware, context: int, found: Mapping[str, Fit], console: Console) -> None:
+def show(
+    args: argparse.Namespace,
+    folder: Path | None,
+    machine: Hardware,
+    context: int,
+    found: Mapping[str, Fit],
+    console: Console,
+) -> None:
     has = [f"RAM {gib(machine.ram_bytes)} at {machine.ram_rate / 1e9:.0f} GB/s"]
     if machine.gpu_bytes:
         has = [f"GPU {gib(machine.gpu_bytes)} at {machine.gpu_rate / 1e9:,.0f} GB/s", *has]
@@ -153,10 +201,13 @@ def show(args: argparse.Namespace, machine: Hardware, context: int, found: Mappi
         table.add_row(*row)
     console.print(table)
     for form, f in found.items():
-        if f.runs and (args.weights or form == best(found)):
+        if f.runs and (args.weights or form in (STORED, best(found))):
             detail(form, f, console)
         elif args.weights:
             console.print(f"it does not run: {f.why_not}; the smallest RAM that works is {gib(f.smallest)}")
+    if STORED in found and found[STORED].runs:
+        cache = max(parts.get("cache", 0) for parts in found[STORED].places.values())
+        console.print(f"run it so: shoal serve {folder} --memory {machine.ram_bytes >> 20}MiB --cache {mib(cache)}")
     if any(x.weights.n_experts and x.hit_rate < 1 and x.runs for x in found.values()):
         assumed = (
             "uniform: all experts chosen equally often" if args.hit_rate is None else f"given: {args.hit_rate:.0%}"

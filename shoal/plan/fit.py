@@ -26,8 +26,7 @@ from shoal.plan.memory import cache_bytes_per_token, numbers
 Form = Literal["bf16", "fp8", "int8", "int4"]
 Memory = Literal["GPU memory", "RAM"]
 FORMS: tuple[Form, ...] = ("bf16", "fp8", "int8", "int4")
-GROUP = 128  # numbers of a row that share a 16-bit scale, in int8 and int4
-SCALED: dict[Form, float] = {"bf16": 2, "fp8": 1 + 4 / 128**2, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}
+GROUP = 128  # numbers of a row that share a 16-bit scale, in int8 and int4, where nothing else is said
 
 PROCESS_BYTES = 320 << 20  # interpreter, torch and server, before any model: 256 MiB, and what they grow by
 GPU_PROCESS_BYTES = 600 << 20  # a CUDA context and its libraries
@@ -40,13 +39,14 @@ THREADS = 8  # whose rooms are counted where nothing is known of them
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's parts, without its multi-token modules."""
+    """Bytes of a model's parts."""
 
     near: int
     embedding: int
     expert: int  # one, its three matrices with their scales
     n_experts: int  # routed ones, of all layers
     chosen: int  # by a token, of all layers
+    modules: int = 0  # the multi-token ones, which are read where all of the model is in memory
 
     @property
     def experts(self) -> int:
@@ -54,10 +54,16 @@ class Weights:
 
     @property
     def total(self) -> int:
+        """Without multi-token modules."""
         return self.near + self.embedding + self.experts
 
 
-def weights(config: ModelConfig, form: Form) -> Weights:
+def scaled(form: Form, group: int = GROUP) -> float:
+    """Bytes of a number with its share of a scale."""
+    return {"bf16": 2, "fp8": 1 + 4 / 128**2, "int8": 1 + 2 / group, "int4": 0.5 + 2 / group}[form]
+
+
+def weights(config: ModelConfig, form: Form, group: int = GROUP) -> Weights:
     """In this form: embedding, keys' and values' up-projection in bf16, norms and routers in fp32; the head in 8 bits
     where the others have 8 or 4 that are integers, else in bf16; one that is the embedding too counts as near."""
     c, counts = config, count_parameters(config)
@@ -68,13 +74,15 @@ def weights(config: ModelConfig, form: Form) -> Weights:
     up = c.n_layers * up_parameters(c)
     body = counts.total - counts.embedding - counts.head - vectors - up - n_experts * in_expert
     embedding = 2 * counts.embedding
-    head = embedding if c.tie_embeddings else counts.head * (SCALED["int8"] if form in ("int8", "int4") else 2)
+    head = embedding if c.tie_embeddings else counts.head * (scaled("int8", group) if form in ("int8", "int4") else 2)
+    number = scaled(form, group)
     return Weights(
-        near=floor(4 * vectors + 2 * up + SCALED[form] * body + head),
+        near=floor(4 * vectors + 2 * up + number * body + head),
         embedding=0 if c.tie_embeddings else embedding,
-        expert=floor(SCALED[form] * in_expert),
+        expert=floor(number * in_expert),
         n_experts=n_experts,
         chosen=mixtures * (c.moe.n_activated if c.moe else 0),
+        modules=floor(number * counts.mtp_total),
     )
 
 
@@ -215,7 +223,7 @@ def least_experts(moe: MoEConfig | None) -> int:
 class Fit:
     """One model in one form on one machine."""
 
-    form: Form
+    form: str
     weights: Weights
     runs: bool
     why_not: str
@@ -237,9 +245,16 @@ class Fit:
 
 
 def fit(config: ModelConfig, form: Form, machine: Hardware, context: int, hit_rate: float | None = None) -> Fit:
-    """One stream at `context` tokens. `hit_rate` None is the uniform one."""
-    w, cache = weights(config, form), context * cache_bytes_per_token(config)
+    """One stream at `context` tokens, in groups of GROUP, by THREADS threads. `hit_rate` None is the uniform one."""
     buffers = buffer_bytes(config, context, form != "bf16")
+    return placed(config, form, weights(config, form), buffers, machine, context, hit_rate)
+
+
+def placed(
+    config: ModelConfig, form: str, w: Weights, buffers: int, machine: Hardware, context: int, hit_rate: float | None
+) -> Fit:
+    """The same of weights that are known."""
+    cache = context * cache_bytes_per_token(config)
     on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.near + w.embedding + cache + buffers
     all_on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.total + cache + buffers
     if all_on_gpu:
@@ -255,12 +270,15 @@ def fit(config: ModelConfig, form: Form, machine: Hardware, context: int, hit_ra
     host = {"near": beside, "cache": 0 if on_gpu else cache, "process": PROCESS_BYTES}
     host |= {"buffers": 0 if on_gpu else buffers, "expert": w.expert, "n_experts": w.n_experts}
     far = bool(machine.disk_rate) and w.n_experts > 0
-    whole = smallest_budget(sum(host[k] for k in ("near", "cache", "process", "buffers")) + w.experts + w.embedding)
+    fixed, looked_up = (
+        sum(host[k] for k in ("near", "cache", "process", "buffers")),
+        0 if on_gpu else w.embedding + w.modules,
+    )
+    whole, least = smallest_budget(fixed + w.experts + looked_up), least_experts(config.moe) if far else w.n_experts
+    smallest = smallest_budget(fixed + least * w.expert) if far else whole
     in_ram = whole <= machine.ram_bytes
     if in_ram or not far:
-        host["near"] += 0 if on_gpu else w.embedding
-    least = least_experts(config.moe) if far else w.n_experts
-    smallest = smallest_budget(sum(host[k] for k in ("near", "cache", "process", "buffers")) + least * w.expert)
+        host["near"] += looked_up
     try:
         division = divide(machine.ram_bytes, **host, least=least)
     except ResourceError as e:
@@ -269,7 +287,7 @@ def fit(config: ModelConfig, form: Form, machine: Hardware, context: int, hit_ra
     if on_gpu:
         parts = {"process": GPU_PROCESS_BYTES, "always-on weights": w.near, "embedding": w.embedding}
         places = {"GPU": parts | {"cache": cache, "buffers": buffers}} | places
-    if division.slots < w.n_experts:
+    if far and not in_ram:
         rest = w.n_experts - division.slots
         places["disk"] = {f"{rest:,} experts": rest * w.expert} | ({} if on_gpu else {"embedding": w.embedding})
     rate = 1.0 if division.slots == w.n_experts else division.hit_rate if hit_rate is None else hit_rate

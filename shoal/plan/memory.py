@@ -237,4 +237,5 @@ def grouped_cache_bytes_per_token(config: ModelConfig, heads_per_group: int, wid
 
 
 def gib(n: float) -> str:
-    return f"{n / 2**30:,.2f} GiB"
+    """In the unit that leaves a digit to read."""
+    return f"{n / 2**30:,.2f} GiB" if n >= 2**30 / 10 or not n else f"{n / 2**20:,.1f} MiB"

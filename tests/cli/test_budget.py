@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.cli import budget
+from shoal.cli import budget, plan
 from shoal.data.tokenizer import Tokenizer
 from shoal.engine import split
 from shoal.engine.engine import LocalEngine
 from shoal.errors import ResourceError
 from shoal.model.config import MLAConfig, ModelConfig, MoEConfig
-from shoal.plan.fit import Form
+from shoal.plan.fit import PROCESS_BYTES, Form
 from shoal.plan.fit import weights as weights_of
 from shoal.precision import weights
 from tests.engine import stored
@@ -64,6 +64,23 @@ def test_parts_weigh_what_plan_fit_says(tmp_path, form: Form):
     assert found.near_bytes == pytest.approx(planned.near, rel=0.01)
     assert found.embedding_bytes == planned.embedding and len(found.experts) == planned.n_experts
     assert found.slot_bytes == pytest.approx(planned.expert, abs=3 * 4096)
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int8"])
+def test_plan_fit_counts_a_folder_as_the_engine_divides_it(tmp_path, capsys, form):
+    config = replace(LARGE, n_layers=2, moe=MoEConfig(16, 1, 4, 384, n_dense_layers=1), n_mtp=1, max_positions=4096)
+    path = stored.write(tmp_path / "m", config, form, lambda piece: torch.ones(piece.shape))
+    flags, memory, smallest = ["--threads", f"{torch.get_num_threads()}", "--context", "2048", "--json"], 1024 * MIB, []
+    for fits in (True, False):
+        assert plan.main(["fit", str(path), "--ram", f"{memory}B", *flags]) == 0
+        f = json.loads(capsys.readouterr().out)["forms"][plan.STORED]
+        cache = f["places"]["RAM"]["cache"]
+        d, _, whole = budget.division(split.examine(path, torch.bfloat16), memory, cache, None, PROCESS_BYTES, "cpu")
+        assert f["places"]["RAM"] == d.parts() and whole == ("disk" not in f["places"]) == fits
+        smallest.append(memory := f["smallest"])
+    assert smallest[0] == smallest[1]
+    with pytest.raises(ResourceError):
+        budget.division(split.examine(path, torch.bfloat16), memory - MIB, cache, None, PROCESS_BYTES, "cpu")
 
 
 def test_a_budget_that_holds_all_of_it_holds_all_of_it(parts):

@@ -59,8 +59,8 @@ def test_a_model_in_the_cards_memory_needs_ram_for_its_process(capsys):
 
 
 def test_what_does_not_run_names_the_smallest_memory_that_works(capsys):
-    assert plan.main(["fit", "r1-llama-70b", "--ram", "8GiB", "--weights", "int4"]) == 3
-    assert "smallest RAM that works is 38" in capsys.readouterr().out.replace("\n", " ")
+    assert plan.main(["fit", "r1-llama-70b", "--ram", "8GiB", "--weights", "int4", "--threads", "8"]) == 3
+    assert "smallest RAM that works is 39.8" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize("argv", [["no-such-model"], ["v2"], ["."], ["/tmp"]])
@@ -84,6 +84,7 @@ def test_unknown_models_are_refused(argv):
         ["--bus-rate", "0GB/s"],
         ["--bus-rate", ""],
         ["--context", "0"],
+        ["--threads", "0"],
         ["--hit-rate", "2"],
     ],
 )
