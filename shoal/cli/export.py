@@ -10,10 +10,13 @@ import argparse
 import errno
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+
+import psutil
 
 from shoal.cli.export_gguf import WEIGHTS, to_file
 from shoal.cli.opened import DTYPES, MODEL_HELP, check_memory, check_vocabulary, end_ids, model_folder
@@ -94,11 +97,16 @@ def group_of(weights: str | None, group: int | None) -> int | None:
 
 @contextmanager
 def whole_output(out: Path) -> Iterator[Path]:
-    """A path to write a folder or file to, which becomes OUT when all is well and vanishes when it isn't."""
+    """A path to write a folder or file to, which becomes OUT when all is well and vanishes when it isn't: when we are
+    asked to end, too. What one left that was killed goes first."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty", "a new one", "choose another OUT")
     part = out.parent / f".{out.name}.{os.getpid()}"
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup stays
+    before = {number: signal.signal(number, end) for number in heard}
     try:
+        for left in abandoned(out):
+            discard(left)
         yield part
         part.rename(out)
     except OSError as e:
@@ -106,9 +114,27 @@ def whole_output(out: Path) -> Iterator[Path]:
             raise ResourceError(f"{out}: {e.strerror}", "room on the disk", "free some space") from None
         raise ConfigError(f"{out}: {e.strerror}", "a folder we may write", "choose another OUT") from None
     finally:
-        if part.is_file():
-            part.unlink()
-        shutil.rmtree(part, ignore_errors=True)
+        discard(part)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end(number: int, _) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def abandoned(out: Path) -> Iterator[Path]:
+    """Parts of OUT whose processes are gone."""
+    for path in out.parent.iterdir() if out.parent.is_dir() else ():
+        name, _, pid = path.name.rpartition(".")
+        if name == f".{out.name}" and pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            yield path
+
+
+def discard(part: Path) -> None:
+    if part.is_file():
+        part.unlink()
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def write(source: Path, target: Path, dtype: str | None, shard_bytes: int) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +129,34 @@ def test_a_folder_that_is_there_is_left_alone(folder, tmp_path):
         quantize.main([str(folder), "--weights", "fp8", "--out", str(tmp_path.parent)])
     with pytest.raises(ModelError):
         quantize.main([str(tmp_path), "--weights", "fp8", "--out", str(tmp_path / "q")])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_is_asked_to_end_while_writing_leaves_nothing(tmp_path, number):
+    def unheard(*_):
+        raise AssertionError("by default the process ends here, and what it wrote stays")
+
+    before = signal.signal(number, unheard)
+    try:
+        with pytest.raises(SystemExit) as e, export.whole_output(tmp_path / "out") as part:
+            part.mkdir()
+            (part / "model.safetensors").write_bytes(bytes(100))
+            signal.raise_signal(number)
+        assert e.value.code == 128 + number and signal.getsignal(number) is unheard
+    finally:
+        signal.signal(number, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_one_left_goes_with_the_next_one(tmp_path):
+    gone, others = subprocess.Popen(["true"]), [".out.1", ".out.x", ".out2.99", "out.99"]
+    gone.wait()
+    for name in (f".out.{gone.pid}", *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").touch()
+    with export.whole_output(tmp_path / "out") as part:
+        part.write_bytes(b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *others}
 
 
 def test_a_folder_that_is_written_to_while_it_is_used_answers_nothing_wrong(folder, tmp_path):
