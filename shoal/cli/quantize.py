@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from shoal.cli.export import FORMS, add_group, group_of, shard_size, whole_output, write_in_few_bits
 from shoal.cli.opened import MODEL_HELP, check_vocabulary, model_folder
-from shoal.errors import ConfigError, DataError
+from shoal.errors import ConfigError, DataError, ResourceError
+from shoal.plan.memory import gib
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,12 +100,24 @@ def windows(source: Path, text: "list[int] | np.ndarray", tokens: int, name: str
 
     from shoal.model import hf
 
-    T = min(WINDOW, hf.load_config(source).max_positions)
+    config = hf.load_config(source)
+    T = min(WINDOW, config.max_positions)
     whole = len(text) // T
     if not whole:
         raise DataError(f"{name} of {len(text)} tokens", f"at least {T}", "give more text")
+    check_states(min(whole, tokens // T) * T, config.dim)
     chosen = np.unique(np.linspace(0, whole - 1, min(whole, tokens // T)).astype(int))
     return torch.from_numpy(np.asarray(text[: whole * T], dtype=np.int64).reshape(whole, T)[chosen])
+
+
+def check_states(tokens: int, dim: int) -> None:
+    """What a layer takes and gives, fp32 [tokens, dim] each, must fit into memory. Raises ResourceError."""
+    from shoal import runtime
+
+    a_token, free = 2 * 4 * dim, runtime.free_bytes()
+    if tokens * a_token > free:
+        got = f"hidden states of {tokens:,} tokens need {gib(tokens * a_token)}, {gib(free)} are free"
+        raise ResourceError(got, "a text whose states fit in memory", "ask for fewer --tokens; 16384 do")
 
 
 def report(source: Path, part: Path, facts: dict, tokens: int, corpus: "Corpus") -> None:

@@ -119,6 +119,16 @@ def test_settings_that_do_not_go_together(folder, tmp_path, flags, error):
     assert not (tmp_path / "q").exists() and not list(tmp_path.iterdir())
 
 
+def test_a_text_whose_states_do_not_fit_in_memory_is_refused(folder, tmp_path, monkeypatch):
+    text = tmp_path / "text"
+    text.write_text(TEXT * 4)
+    monkeypatch.setattr("shoal.runtime.free_bytes", lambda: 512 * 64 * 8 - 1)  # a window's, less a byte
+    with pytest.raises(ResourceError, match="512 tokens"):
+        quantize.calibration(folder, str(text), 512, 64, None)
+    monkeypatch.setattr("shoal.runtime.free_bytes", lambda: 512 * 64 * 8)
+    assert quantize.calibration(folder, str(text), 512, 64, None)
+
+
 def test_rows_too_short_for_a_group_are_said(folder, tmp_path, capsys):
     call(export, folder, tmp_path / "q", "--weights", "int4", "--group", 64)
     assert "31 matrices, whose rows are no whole groups, in smaller ones" in capsys.readouterr().out
