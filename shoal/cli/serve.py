@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     required = keys_required(args.host, args.keys)
     on_disk = None if args.cache_disk is None else size(args.cache_disk)
-    port_is_free(args.host, args.port)
+    args.port = free_port(args.host, args.port)
     try:
         import shoal.server.http  # noqa: F401  # before the weights are read: a missing package is said at once
     except ModuleNotFoundError as e:
@@ -88,13 +88,14 @@ def loopback(host: str) -> bool:
         return False
 
 
-def port_is_free(host: str, port: int) -> None:
-    """Said before the weights are read, not after."""
+def free_port(host: str, port: int) -> int:
+    """This one, or for 0 one that is free. Said before the weights are read, not after."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+            return probe.getsockname()[1]
     except (OSError, OverflowError) as e:
         why = getattr(e, "strerror", None) or str(e)
         raise ResourceError(f"{host} port {port}: {why}", "an address that is free here", "try --port 0") from None

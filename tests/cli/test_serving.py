@@ -76,6 +76,11 @@ def test_sizes():
             sizes.size(text)
 
 
+def test_a_port_that_was_left_to_us_is_one_that_can_be_named():
+    port = serve.free_port("127.0.0.1", 0)
+    assert port and serve.free_port("127.0.0.1", port) == port
+
+
 def test_a_port_in_use_is_said_before_a_model_is_read(db):
     import socket
 
