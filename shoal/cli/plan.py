@@ -213,6 +213,8 @@ def show(
             "uniform: all experts chosen equally often" if args.hit_rate is None else f"given: {args.hit_rate:.0%}"
         )
         console.print(f"experts found in memory, {assumed}; real routers prefer some, and then more are found")
+    if is_gguf(args.model):
+        print(f"--memory takes folders; first: shoal import {args.model} FOLDER --weights int8", file=sys.stderr)
     if not args.here:
         print("rates are a data sheet's or given; --here measures this machine's", file=sys.stderr)
 

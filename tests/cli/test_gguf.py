@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.cli import export, generate, score
+from shoal.cli import export, generate, plan, score
 from shoal.cli.main import run_verb
 from shoal.cli.opened import end_ids, open_model, turns_of
 from shoal.data.tokenizer import Tokenizer
@@ -98,6 +98,11 @@ def test_a_file_becomes_a_folder_in_few_bits(folder, file, tmp_path, capsys):
     asked = [str(file), "--prompt", "x", "--memory", "1GiB"]
     assert run_verb("generate", asked) == 2
     assert "shoal import" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_file_says_what_a_budget_needs_first(file, capsys):
+    assert plan.main(["fit", str(file), "--ram", "1GiB"]) == 0
+    assert f"--memory takes folders; first: shoal import {file} FOLDER" in capsys.readouterr().err
 
 
 def test_what_a_file_cannot_be_is_said(folder, file, tmp_path, capsys):
