@@ -1,6 +1,8 @@
 """Weights in 8 and 4 bits on a CPU: ours against llama.cpp's q8_0 and q4_0, and fp8, which it lacks, against our bf16.
 
-    python -m bench.quant_speed [--quick]        LLAMA_CPP names the folder of llama-bench and llama-server
+    python -m bench.quant_speed [--quick] [--parts decode,prefill,streams]
+
+LLAMA_CPP names the folder of llama-bench and llama-server.
 
 The 1.39B shape with random weights. Decoding 128 tokens, one stream; reading a prompt of 512; and 16 streams of 256 in
 and 256 out over HTTP (as bench.streams does it). Integers have a scale for 128 inputs; q8_0 and q4_0 one for 32. Ours
@@ -35,13 +37,15 @@ TOKENS = {"decode": models.DECODE, "prefill": models.PREFILL}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round instead of seven, no streams")
-    quick = parser.parse_args().quick
+    parser.add_argument("--parts", default=",".join(LIMITS), help=f"default {','.join(LIMITS)}")
+    args = parser.parse_args()
+    quick, parts = args.quick, args.parts.split(",")
     rounds = 1 if quick else 7
     models.prepare("large", *(f"large-{form}" for form in FORMS))
     llama.prepare(*(f"large-{form}" for form in PEERS.values()))
     rates: dict[str, list[float]] = {}
     (memory,) = start(("reading", "", False))
-    for what, n in TOKENS.items():
+    for what, n in ((what, n) for what, n in TOKENS.items() if what in parts):
         ours = [("engine", f"{what} large-{form}", False) for form in FORMS]
         plain, theirs = (
             ("engine", f"{what} large", False),
@@ -54,7 +58,7 @@ def main() -> None:
             side.close()
     bandwidth = max(memory.ask("step", i)["bytes_per_s"] for i in range(3))
     memory.close()
-    for form in () if quick else PEERS:
+    for form in PEERS if "streams" in parts and not quick else ():
         rates |= in_streams(form, rounds=5)
     report(rates, rounds, bandwidth)
 
