@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ def measure(case: Case) -> dict:
         groups = (
             [] if why else [stack.enter_context(Group(side, case.memory)) for side in ("ours", "theirs")[: 1 + peer]]
         )
+        forget([*folder.glob("*.safetensors"), *([drawn.prepare_gguf(case.model)] if peer else [])])
         servers = [stack.enter_context(ours(case, stack.enter_context(tempfile.TemporaryDirectory()), groups))]
         watch = Watch(servers[0].process.pid)
         stack.callback(watch.close)
@@ -159,6 +161,14 @@ def measure(case: Case) -> dict:
     foretold = fit.fit(config, "int4", hardware, PROMPT + case.tokens, seen["hit_rate"])
     known = {"case": case, "machine": hardware, "at_random": disk}
     return known | {"rates": rates, "seen": seen, "resident": resident, "plan": foretold}
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Let none of them be in the page cache: pages that are there already count in nobody's control group."""
+    for file in files:
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def ours(case: Case, scratch: str, groups: list[Group]) -> Server:
