@@ -12,7 +12,7 @@ from shoal.model import hf
 from shoal.model.config import YarnConfig
 from shoal.model.gguf_config import settings_of
 from shoal.model.gguf_file import GGUFFile
-from shoal.model.gguf_write import FILE_TYPES, q4_0, q8_0, write
+from shoal.model.gguf_write import FILE_TYPES, kind_of, q4_0, q8_0, write
 from shoal.model.presets import PRESETS
 from shoal.model.transformer import Transformer
 from tests.model.test_gguf import LLAMA, log_probs, random_model, readable, wide
@@ -73,3 +73,9 @@ def test_what_llama_cpp_cannot_say_is_refused():
         settings_of(config, "x")
     with pytest.raises(ModelError, match="glm4_moe"):
         settings_of(random_config("glm4_moe", 0), "x")
+
+
+def test_a_file_in_four_bits_has_eight_where_the_converter_has():
+    of = {name: kind_of(f"{name}.weight", (64, 64), "q4_0") for name in ("output", "token_embd", "blk.0.attn_k_b")}
+    assert set(of.values()) == {"q8_0"}
+    assert kind_of("blk.0.attn_output.weight", (64, 64), "q4_0") == "q4_0"
