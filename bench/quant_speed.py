@@ -39,21 +39,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round instead of seven, no streams")
     parser.add_argument("--parts", default=",".join(LIMITS), help=f"default {','.join(LIMITS)}")
     args = parser.parse_args()
-    quick, parts = args.quick, args.parts.split(",")
+    quick, parts = args.quick, set(args.parts.split(","))
     rounds = 1 if quick else 7
     models.prepare("large", *(f"large-{form}" for form in FORMS))
     llama.prepare(*(f"large-{form}" for form in PEERS.values()))
     rates: dict[str, list[float]] = {}
     (memory,) = start(("reading", "", False))
-    for what, n in ((what, n) for what, n in TOKENS.items() if what in parts):
-        ours = [("engine", f"{what} large-{form}", False) for form in FORMS]
-        plain, theirs = (
-            ("engine", f"{what} large", False),
-            [("with_llama", f"{what} large-{q}") for q in PEERS.values()],
-        )
-        sides = start(*ours, plain, *theirs)
+    for what in [what for what in TOKENS if what in parts]:
+        ours = [("engine", f"{what} {name}", False) for name in (*(f"large-{form}" for form in FORMS), "large")]
+        sides = start(*ours, *(("with_llama", f"{what} large-{q}") for q in PEERS.values()))
         for name, found in interleave(sides, rounds, warmup=1).items():
-            rates[name] = [n / answer["seconds"] for answer in found]
+            rates[name] = [TOKENS[what] / answer["seconds"] for answer in found]
         for side in sides:
             side.close()
     bandwidth = max(memory.ask("step", i)["bytes_per_s"] for i in range(3))

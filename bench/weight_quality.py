@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokens, items = model_folder(args.model), *((8192, 16) if args.quick else (65536, 256))
     source = convert.Source(model)
-    corpus = quantize.library(model)
+    corpus = quantize.stdlib(model)
     text = quantize.windows(model, corpus.val.tokens, tokens, "the held-out text")
     spelled = torch.from_numpy(corpus.tokenizer.byte_lengths())[text[:, 1:]].sum(-1)
     before = reasoning.solved(model, items, samples=4)

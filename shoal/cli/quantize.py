@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     group, shard_bytes, calibrate = group_of(args.weights, args.group), shard_size(args.max_shard_size), text_of(args)
     source = model_folder(args.model)
     with whole_output(args.out) as part:
-        corpus = library(source) if args.tokens else None  # first, in case there can be none
+        corpus = stdlib(source) if args.tokens else None  # first, in case there can be none
         make = None if calibrate == NONE else calibration(source, calibrate, args.tokens, group, corpus)
         print(write_in_few_bits(source, part, args.weights, group, shard_bytes, make), args.out)
         if corpus:
@@ -82,7 +82,7 @@ def calibration(source: Path, text: str, tokens: int, group: int | None, corpus:
     return Calibration(source, windows(source, found, tokens, text), group)
 
 
-def library(source: Path) -> "Corpus":
+def stdlib(source: Path) -> "Corpus":
     """The standard library in the model's own tokens."""
     from shoal.data.config import DataConfig
     from shoal.data.corpus import prepare

@@ -4,13 +4,14 @@ Weights are of three kinds. The *near* part meets every token: attention, dense 
 and head. The embedding is looked up, a row a token. Routed *experts* are most of a mixture's bytes and each token meets
 few of them, so they may lie further away: in memory as far as it goes, the others on the disk.
 
-    seconds a token = near / rate of the memory it lies in  +  max(chosen experts / rate of RAM, missed ones / disk)
-    missed = chosen · (1 − hit rate)        hit rate = experts in memory / experts, if all are chosen equally often
+    seconds a token = near / rate of the memory it lies in  +  Σ_layers E[max(chosen experts / RAM, missed ones / disk)]
+    missed ones: binomial, (1 − hit rate) each       hit rate = experts in memory / experts, if chosen equally often
 
-Experts that are in memory are multiplied with while others are read, hence the maximum; the near part waits for the
-experts of the layer before, hence the sum. Beside a GPU the near part and the cache lie in its memory and the experts'
-products are computed where the experts lie, by the CPU: what crosses the bus is a row of activations a layer.
-Rates are sustained ones; real routers prefer some experts, and then more are found than the uniform rate says.
+Experts that are in memory are multiplied with while a layer's others are read, hence the maximum; a layer waits for the
+one before and can't read before it has chosen, hence the sums. What a layer costs between its parts isn't known. Beside
+a GPU the near part and the cache lie in its memory and the experts' products are computed where the experts lie, by the
+CPU: what crosses the bus is a row of activations a layer. Rates are sustained ones; real routers prefer some experts,
+and then more are found than the uniform rate says.
 """
 
 from collections.abc import Mapping
@@ -270,11 +271,10 @@ def placed(
     host = {"near": beside, "cache": 0 if on_gpu else cache, "process": PROCESS_BYTES}
     host |= {"buffers": 0 if on_gpu else buffers, "expert": w.expert, "n_experts": w.n_experts}
     far = bool(machine.disk_rate) and w.n_experts > 0
-    fixed, looked_up = (
-        sum(host[k] for k in ("near", "cache", "process", "buffers")),
-        0 if on_gpu else w.embedding + w.modules,
-    )
-    whole, least = smallest_budget(fixed + w.experts + looked_up), least_experts(config.moe) if far else w.n_experts
+    fixed = sum(host[k] for k in ("near", "cache", "process", "buffers"))
+    looked_up = 0 if on_gpu else w.embedding + w.modules
+    whole = smallest_budget(fixed + w.experts + looked_up)
+    least = least_experts(config.moe) if far else w.n_experts
     smallest = smallest_budget(fixed + least * w.expert) if far else whole
     in_ram = whole <= machine.ram_bytes
     if in_ram or not far:

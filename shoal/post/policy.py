@@ -75,26 +75,31 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        slope_NV, nll = weight_VD, []
-        for rows in chunks(len(h_ND), weight_VD):
-            slope_NV = h_ND[rows] @ weight_VD.t()
-            nll.append(ops.cross_entropy_(slope_NV, targets_N[rows], 1.0))  # leaves softmax − one-hot
-        ctx.save_for_backward(h_ND, weight_VD, targets_N, *[slope_NV] * (len(nll) == 1))
-        return -torch.cat(nll)
+        parts = chunks(len(h_ND), weight_VD)
+        if len(parts) == 1:
+            nll_N, slope_NV = surprise(h_ND, weight_VD, targets_N)
+            ctx.save_for_backward(h_ND, weight_VD, targets_N, slope_NV)
+            return -nll_N
+        ctx.save_for_backward(h_ND, weight_VD, targets_N)
+        return -torch.cat([surprise(h_ND[rows], weight_VD, targets_N[rows])[0] for rows in parts])
 
     @staticmethod
     def backward(ctx, grad_N: Tensor):
-        h_ND, weight_VD, targets_N, *kept = ctx.saved_tensors
+        h_ND, weight_VD, targets_N, *slopes = ctx.saved_tensors
         weight_N1 = -grad_N[:, None]
         dh_ND, weighed_ND = torch.empty_like(h_ND), (h_ND * weight_N1).to(h_ND.dtype)
         dweight_VD = torch.zeros_like(weight_VD)
         for rows in chunks(len(h_ND), weight_VD):
-            slope_NV = kept[0] if kept else h_ND[rows] @ weight_VD.t()
-            if not kept:
-                ops.cross_entropy_(slope_NV, targets_N[rows], 1.0)
+            slope_NV = slopes[0] if slopes else surprise(h_ND[rows], weight_VD, targets_N[rows])[1]
             torch.mm(slope_NV, weight_VD, out=dh_ND[rows])
             dweight_VD.addmm_(slope_NV.t(), weighed_ND[rows])
         return (dh_ND * weight_N1).to(h_ND.dtype), dweight_VD, None
+
+
+def surprise(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """−log π of each target, fp32 [N], and its slope on the logits, softmax − one-hot [N, V]."""
+    logits_NV = h_ND @ weight_VD.t()
+    return ops.cross_entropy_(logits_NV, targets_N, 1.0), logits_NV
 
 
 def log_probs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def test_the_memory_a_folder_needs_is_that_of_its_few_bits(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_report_stands_beside_the_model(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quantize, "library", lambda source: Library(source))
+    monkeypatch.setattr(quantize, "stdlib", lambda source: Library(source))
     calibrated = ["--calibrate", folder.parent / "text.py", "--tokens", 512]
     call(quantize, folder, "--weights", "int4", "--group", 32, *calibrated, "--out", tmp_path / "q")
     found = json.loads((tmp_path / "q" / "quality.json").read_text())
