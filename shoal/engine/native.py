@@ -24,7 +24,7 @@ from shoal.engine.pages import UNIT
 from shoal.engine.request import Token
 from shoal.engine.runner import Runner, ends, spans_of
 from shoal.engine.scheduler import Work
-from shoal.engine.segments import Segments
+from shoal.engine.segments import FORETOLD, Segments
 from shoal.model.block import Block
 from shoal.model.config import MLAConfig, ModelConfig
 from shoal.model.gqa import GroupedAttention
@@ -35,7 +35,7 @@ from shoal.model.mtp import MTP
 from shoal.model.rope import angles
 from shoal.model.transformer import Transformer
 from shoal.ops import cpu, program
-from shoal.ops.program import Draws, Matrices, Program, Routing, Rows, Weight
+from shoal.ops.program import Choice, Draws, Matrices, Program, Routing, Rows, Weight
 from shoal.ops.quant import Quantised
 from shoal.precision.weights import QuantisedExperts, QuantisedLinear
 
@@ -221,10 +221,9 @@ class Native(Runner):
     def _write_body(self) -> tuple[Program, Tensor, int, int]:
         p, m = Program(MOST, self.angles), self.model
         x = p.embed(m.embed.weight, "x") if isinstance(m.embed, Embedding) else p.rows("x", m.config.dim)
-        chosen = iter(self._chosen.unbind(1))
-        for block, kept in zip(m.layers, self.cache.layers):
-            assert isinstance(block, Block)
-            write_block(p, block, x, kept, next(chosen) if isinstance(block.ffn, MoE) else None)
+        chosen, blocks = iter(self._chosen.unbind(1)), [block for block in m.layers if isinstance(block, Block)]
+        for block, following, kept in zip(blocks, [*blocks[1:], None], self.cache.layers):
+            write_block(p, block, x, kept, next(chosen) if isinstance(block.ffn, MoE) else None, following)
         hidden = p.norm(x, m.norm.weight, m.norm.eps, "hidden")
         before_head = len(p)
         p.linear(hidden, m.head.weight, self._logits)
@@ -279,14 +278,25 @@ def cut(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
         yield part
 
 
-def write_block(p: Program, block: Block, x: Tensor, kept: tuple[Tensor, ...], chosen_TK: Tensor | None = None) -> None:
-    """model/block.py: x + attention(norm x), then x + feed-forward(norm x)."""
+def write_block(
+    p: Program,
+    block: Block,
+    x: Tensor,
+    kept: tuple[Tensor, ...],
+    chosen_TK: Tensor | None = None,
+    following: Block | None = None,
+) -> None:
+    """model/block.py: x + attention(norm x), then x + feed-forward(norm x). Where experts come and go the `following`
+    block's choice is foretold, by its own norm and router on the residual stream as it is then."""
     h = p.norm(x, block.attn_norm.weight, block.attn_norm.eps, "h")
     o = write_attention(p, block.attn, h, kept)
     p.linear(o, block.attn.out.weight, x, add=True)
+    foretold = None
+    if isinstance(block.ffn, MoE) and isinstance(block.ffn.experts, OffloadedExperts) and following:
+        foretold = write_foretold(p, following, x)
     h = p.norm(x, block.ffn_norm.weight, block.ffn_norm.eps, "h")
     if isinstance(block.ffn, MoE):
-        write_moe(p, block.ffn, h, x, chosen_TK)
+        write_moe(p, block.ffn, h, x, chosen_TK, foretold)
     else:
         p.linear(p.gated(h, block.ffn.gate.weight, block.ffn.up.weight, "gated"), block.ffn.down.weight, x, add=True)
 
@@ -322,7 +332,18 @@ def write_grouped(p: Program, attn: GroupedAttention, h: Tensor, k_PUGK: Tensor,
     return p.attend_heads(q, k_PUGK, v_PUGK, attn.scale, "o")
 
 
-def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TK: Tensor | None) -> None:
+def write_foretold(p: Program, block: Block, x: Tensor) -> Choice:
+    """What the block would choose if x came to its feed-forward as it is; see Segments."""
+    assert isinstance(block.ffn, MoE)
+    h = p.norm(x, block.ffn_norm.weight, block.ffn_norm.eps, "foretold h", beside=True)
+    router = block.ffn.router
+    foretold_TA = p.rows(FORETOLD, router.config.n_activated, torch.int16)
+    return Choice(h, router.weight, router.bias, foretold_TA)
+
+
+def write_moe(
+    p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TK: Tensor | None, foretold: Choice | None = None
+) -> None:
     """model/moe.py: x + Σ weight · expert(h) + shared(h)."""
     c, shared = moe.router.config, None
     r = Routing(
@@ -336,7 +357,8 @@ def write_moe(p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TK: Tensor | No
     )
     if moe.shared:
         shared = p.gated(h, moe.shared.gate.weight, moe.shared.up.weight, "shared_gated", beside=True)
-    p.route(h, moe.router.weight, moe.router.bias, r, chosen_TK, beside=shared is not None)
+    choice = Choice(h, moe.router.weight, moe.router.bias, chosen_TK)
+    p.route(choice, r, beside=shared is not None, foretold=foretold)
     if moe.shared and shared is not None:
         shared = p.linear(shared, moe.shared.down.weight, "shared")
     experts = experts_of(moe.experts)

@@ -42,7 +42,7 @@ class Kind(IntEnum):
 
 
 class Flag(IntFlag):
-    SIGMOID, NORMED, WIDE, ADD = (1 << i for i in range(4))
+    SIGMOID, NORMED, WIDE, ADD, FORETOLD = (1 << i for i in range(5))
 
 
 class _Matrix(ctypes.Structure):
@@ -88,6 +88,15 @@ class Routing(NamedTuple):
     sigmoid: bool
     normed: bool
     scale: float
+
+
+class Choice(NamedTuple):
+    """What a router chooses by: rows of x, its weight, its bias; and where experts are left, chosen [T, A] int16."""
+
+    x: Tensor
+    weight_EK: Tensor
+    bias_E: Tensor
+    chosen_TA: Tensor | None = None
 
 
 class Matrices:
@@ -304,28 +313,29 @@ class Program:
         sizes: dict[str, Any] = {"H": q.shape[1] // K, "G": G, "K": K}
         return self._add(Kind.ATTEND_HEADS, x=q, kept=k_PUGK, kept2=v_PUGK, y=y, scale=scale, **sizes)
 
-    def route(
-        self,
-        x: Tensor,
-        weight_EK: Tensor,
-        bias_E: Tensor,
-        r: Routing,
-        chosen_TA: Tensor | None = None,
-        beside: bool = False,
-    ) -> None:
-        """Every row's experts and what they count, for `experts_gated`, `experts_down` and `weigh` behind it; the
-        experts are left in `chosen_TA` (int16), too."""
-        logits = self.rows("logits", r.n_experts, torch.float32)
-        self._add(Kind.LOGITS, x=x, w=weight_EK, y=logits, E=r.n_experts, K=x.shape[1])
-        flags = (Flag.SIGMOID if r.sigmoid else 0) | (Flag.NORMED if r.normed else 0)
-        sizes: dict[str, Any] = {"E": r.n_experts, "A": r.n_chosen, "groups": r.n_groups, "best_groups": r.best_groups}
-        self._add(Kind.ROUTE, beside, x=logits, bias=bias_E, y=chosen_TA, flags=flags, scale=r.scale, **sizes)
+    def route(self, choice: Choice, r: Routing, beside: bool = False, foretold: Choice | None = None) -> None:
+        """Every row's experts and what they count, for `experts_gated`, `experts_down` and `weigh` behind it. What is
+        `foretold` meanwhile, of a later choice, is only told."""
+        ahead = self._logits(foretold, "foretold logits", beside=True) if foretold else None
+        logits = self._logits(choice, "logits")
+        if foretold and ahead is not None:
+            self._choose(foretold, ahead, r, Flag.FORETOLD, beside=True)
+        self._choose(choice, logits, r, Flag(0), beside)
         self._routed = len(self._code)
         chosen = self.most * r.n_chosen
         lengths = {"expert_M": chosen, "row_M": chosen, "busy_E": r.n_experts, "start_E": r.n_experts + 1}
         for name, length in lengths.items():
             self._room(name, length, torch.int64)
         self._room("weight_M", chosen, torch.float32)
+
+    def _logits(self, c: Choice, to: str, beside: bool = False) -> Tensor:
+        E, K = c.weight_EK.shape
+        return self._add(Kind.LOGITS, beside, x=c.x, w=c.weight_EK, y=self.rows(to, E, torch.float32), E=E, K=K)
+
+    def _choose(self, c: Choice, logits: Tensor, r: Routing, flags: Flag, beside: bool) -> None:
+        flags |= (Flag.SIGMOID if r.sigmoid else 0) | (Flag.NORMED if r.normed else 0)
+        sizes: dict[str, Any] = {"E": r.n_experts, "A": r.n_chosen, "groups": r.n_groups, "best_groups": r.best_groups}
+        self._add(Kind.ROUTE, beside, x=logits, bias=c.bias_E, y=c.chosen_TA, flags=flags, scale=r.scale, **sizes)
 
     def _room(self, name: str, length: int, dtype: torch.dtype) -> None:
         """For what routers choose; the next one writes over it."""

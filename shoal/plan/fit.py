@@ -104,6 +104,7 @@ def buffer_bytes(config: ModelConfig, context: int, few_bits: bool, threads: int
     width += 4 * d + config.hidden_dim
     if m:
         width += m.n_activated * (m.moe_dim + d) + m.n_shared_experts * m.moe_dim + d + 2 * m.n_routed_experts
+        width += d + 2 * m.n_routed_experts + m.n_activated  # of the choice that is foretold
     a_thread = attention_room(config, context) + (arranged_room(config) if few_bits else 0)
     return ROWS * width * 2 + LOGITS_BYTES + threads * a_thread
 

@@ -12,8 +12,11 @@ from shoal.engine.engine import LocalEngine
 from shoal.engine.experts import Placed, Store
 from shoal.engine.native import Native
 from shoal.engine.request import Sampling
+from shoal.model.block import Block
+from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import cpu
+from shoal.ops.program import Rows
 from shoal.precision import weights
 from tests.engine import stored
 from tests.engine.models import ids, prompt, request
@@ -109,4 +112,34 @@ def test_routes_are_told_and_rows_are_cut(tmp_path, monkeypatch):
     assert torch.equal(a.routes, b.routes)
     for engine in engines:
         engine.close()
+    o.store.close()
+
+
+@pytest.mark.parametrize("config", [V3, V2, NO_SHARED])
+def test_what_is_foretold_is_the_next_routers_choice_on_the_residual_stream_as_it_is(tmp_path, monkeypatch, config):
+    config = replace(config, n_mtp=0)
+    path = stored.write(tmp_path / "m", config, "bf16", stored.of(Transformer(config).init_weights(0)))
+    far, o = split.load(split.examine(path, torch.bfloat16), 5, direct=False)
+    engine = LocalEngine(far, deterministic=True)
+    assert isinstance(engine._runner, Native) and engine._runner.segments
+    segments, told = engine._runner.segments, []
+    mixtures = [block for block in far.layers if isinstance(block, Block) and block.is_moe]
+    run, foretell = segments.run, o.foretell
+
+    def running(rows: Rows, n: int):
+        told.append(len(rows.tokens))
+        run(rows, n)
+
+    def foretelling(mixture: int, experts: set[int]):
+        block, x_TD = mixtures[mixture], segments.x_TD[: told[-1]]
+        assert isinstance(block.ffn, MoE)
+        assert experts == set(block.ffn.router(block.ffn_norm(x_TD)).experts_TK.flatten().tolist())
+        told.insert(0, -mixture)
+        foretell(mixture, experts)
+
+    monkeypatch.setattr(segments, "run", running)
+    monkeypatch.setattr(o, "foretell", foretelling)
+    engine.generate([request(prompt(20), 5)])
+    assert told.count(20) == 1 and {-n for n in told if n < 0} == set(range(1, len(mixtures)))
+    engine.close()
     o.store.close()

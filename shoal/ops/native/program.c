@@ -195,17 +195,19 @@ static void sort_rows(const Instruction *c, Step *s) {
     for (i64 m = 0; m < M; m++) s->row_M[next[s->expert_M[m]]++] = m;
 }
 
-/* A task: some rows' experts and weights, kept in y if there is one. Whoever ends last sorts all rows. */
+/* A task: some rows' experts and weights, kept in y if there is one. Whoever ends last sorts all rows. If FORETOLD, they
+ * are left in y and nobody follows them. */
 static void route(const Worker *t, i64 task) {
     const Instruction *c = t->code;
     Step *s = t->step;
-    i64 start = task * ROUTED, end = least(start + ROUTED, s->T);
+    i64 start = task * ROUTED, end = least(start + ROUTED, s->T), foretold = c->flags & FORETOLD, guess_A[c->A];
+    float unused_A[c->A];
     for (i64 row = start; row < end; row++) {
-        i64 *expert_A = s->expert_M + row * c->A;
-        route_row(c, (const float *)c->x + row * c->E, expert_A, s->weight_M + row * c->A);
+        i64 *expert_A = foretold ? guess_A : s->expert_M + row * c->A;
+        route_row(c, (const float *)c->x + row * c->E, expert_A, foretold ? unused_A : s->weight_M + row * c->A);
         for (i64 a = 0; c->y && a < c->A; a++) ((int16_t *)c->y)[row * c->ys + a] = expert_A[a];
     }
-    if (atomic_fetch_add(&s->routed, end - start) + end - start < s->T) return;
+    if (foretold || atomic_fetch_add(&s->routed, end - start) + end - start < s->T) return;
     s->routed = 0;
     sort_rows(c, s);
 }

@@ -20,7 +20,7 @@ typedef struct { /* the same in ops/program.py */
     float eps, scale;
 } Instruction;
 
-enum { SIGMOID = 1, NORMED = 2, WIDE = 4, ADD = 8 }; /* flags, likewise */
+enum { SIGMOID = 1, NORMED = 2, WIDE = 4, ADD = 8, FORETOLD = 16 }; /* flags, likewise */
 
 typedef struct { /* what a step brings, and room for what its routers choose */
     i64 T, P, singles, chunks; /* the first rows attend one by one, those behind them in chunks of one stream each */
