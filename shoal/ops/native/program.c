@@ -18,6 +18,7 @@
 
 #define ROWS 256  /* in a task, of many */
 #define ROUTED 16 /* rows in a task of a router */
+#define TAKEN 32768 /* bytes of weights in the tasks that a thread takes at a time, where there are enough of them */
 
 INLINE __m512 silu(__m512 x) {
     __m512 one = _mm512_set1_ps(1.0f);
@@ -253,16 +254,30 @@ static const char *weights_of(const Instruction *c, const Step *s, i64 task, i64
     return w->codes ? (const char *)w->codes + task % blocks * columns * row_bytes(w->form, c->K) : NULL;
 }
 
+/* Tasks that a thread takes at a time: small ones together, since the counter goes to and fro between the cores. */
+static i64 taken_together(const Instruction *c, const Step *s, i64 count, i64 team) {
+    if (!c->matrices || s->chunks) return 1;
+    i64 bytes = width(c, s) * c->stacked * row_bytes(c->matrices->form, c->K);
+    i64 n = least(TAKEN / bytes, count / (4 * team));
+    return n > 1 ? n : 1;
+}
+
 /* What this thread asks for during a task: the weights of the one it will probably take next, of this instruction or
- * of one behind it, as far as experts are chosen. */
-static void look_ahead(Worker *t, i64 task, i64 count) {
+ * of one behind it, as far as experts are chosen. `batch` are those from `first` on that it has taken. */
+static void look_ahead(Worker *t, i64 task, i64 first, i64 batch, i64 count) {
     const Instruction *then = t->code;
-    i64 next = task + t->team;
+    i64 next = task + 1;
     t->ahead[0] = t->ahead[1] = 0;
-    while (next >= count) {
-        next -= count;
-        if (++then == t->end || KINDS[then->kind] == route) return;
-        count = then->matrices ? tasks(then, t->step) : 0;
+    if (next == first + batch || next == count) {
+        i64 turn = first / batch + t->team, turns = ceil_div(count, batch);
+        while (turn >= turns) {
+            turn -= turns;
+            if (++then == t->end || KINDS[then->kind] == route) return;
+            count = then->matrices ? tasks(then, t->step) : 0;
+            batch = taken_together(then, t->step, count, t->team);
+            turns = ceil_div(count, batch);
+        }
+        next = turn * batch;
     }
     for (i64 i = 0; i < 2; i++) {
         const char *from = weights_of(t->code, t->step, task, i), *to = weights_of(then, t->step, next, i);
@@ -341,11 +356,12 @@ int run_program(const Instruction *code, i64 n, Step *step, i64 threads) {
         char *mine = room + me * (bytes + in_arranged);
         Worker worker = {code, code + n, step, team, {0, 0}, longest, mine, mine + bytes, whose + me * each};
         for (i64 i = 0; i < n; i++, worker.code++) {
-            i64 count = tasks(worker.code, step), task;
-            while ((task = atomic_fetch_add_explicit(&counters[i].next, 1, memory_order_relaxed)) < count) {
-                look_ahead(&worker, task, count);
-                KINDS[worker.code->kind](&worker, task);
-            }
+            i64 count = tasks(worker.code, step), batch = taken_together(worker.code, step, count, team), first;
+            while ((first = atomic_fetch_add_explicit(&counters[i].next, batch, memory_order_relaxed)) < count)
+                for (i64 task = first; task < least(first + batch, count); task++) {
+                    look_ahead(&worker, task, first, batch, count);
+                    KINDS[worker.code->kind](&worker, task);
+                }
             if (worker.code->wait) meet(&arrived, team);
         }
     }

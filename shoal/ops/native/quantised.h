@@ -168,20 +168,22 @@ INLINE void integer_dot(const int form, const int MR, const Arranged *const *x, 
     const __m128i shift = _mm_cvtsi64_si128(log);
     const __m512i lane = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                             _mm512_set1_epi32(L / 16));
+    const int one = w->columns >= L; /* scale a line */
     __m512 sum[4];
     for (int m = 0; m < MR; m++) sum[m] = _mm512_setzero_ps();
     for (i64 g = 0; g < groups; g += 16) {
+        float each[16];
         __m512 s = scales_of(w, w->scales, n * groups + g, groups - g);
         __m512 z = w->least ? scales_of(w, w->least, n * groups + g, groups - g)
                             : _mm512_mul_ps(s, _mm512_set1_ps(form == INT8 ? -128 : -8));
         for (int m = 0; m < MR; m++) sum[m] = _mm512_fmadd_ps(z, _mm512_loadu_ps(sums_of(x[m], K) + g), sum[m]);
+        if (one) _mm512_storeu_ps(each, s);
         for (i64 k = g * w->columns, end = least(K, (g + 16) * w->columns); k < end; k += L) {
-            __m512i v[4], at = w->columns >= L ? _mm512_set1_epi32(k >> log)
-                                               : _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(k)), shift);
+            __m512i v[4], at = _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(k)), shift);
             const uint8_t *line = codes + (form == INT4 ? k / 2 : k);
             unpack(form, line, form == INT4 ? (K - k) / 2 : K - k, v);
             _mm_prefetch((const char *)line + ahead, _MM_HINT_T1);
-            __m512 scale = _mm512_permutexvar_ps(at, s);
+            __m512 scale = one ? _mm512_set1_ps(each[(k >> log) - g]) : _mm512_permutexvar_ps(at, s);
             for (int m = 0; m < MR; m++) {
                 __m512i exact = _mm512_setzero_si512();
                 for (int i = 0; i < L / 32; i++)
