@@ -168,7 +168,7 @@ INLINE void integer_dot(const int form, const int MR, const Arranged *const *x, 
     const __m128i shift = _mm_cvtsi64_si128(log);
     const __m512i lane = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                             _mm512_set1_epi32(L / 16));
-    const int one = w->columns >= L; /* scale a line */
+    const int one = w->columns >= L; /* scale for all of a line */
     __m512 sum[4];
     for (int m = 0; m < MR; m++) sum[m] = _mm512_setzero_ps();
     for (i64 g = 0; g < groups; g += 16) {
