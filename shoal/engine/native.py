@@ -6,7 +6,7 @@ attend rebuilt. But for the chunks a row's numbers don't depend on the rows besi
 request is told is then the same to the last bit whatever else goes on.
 
 Written from the modules of shoal/model, line by line; their forward pass is the slow twin that tests compare with.
-Shapes: T rows, D model, R rows drawn from, V vocabulary.
+Shapes: T rows, D model, A experts chosen, R rows drawn from, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -283,7 +283,7 @@ def write_block(
     block: Block,
     x: Tensor,
     kept: tuple[Tensor, ...],
-    chosen_TK: Tensor | None = None,
+    chosen_TA: Tensor | None = None,
     following: Block | None = None,
 ) -> None:
     """model/block.py: x + attention(norm x), then x + feed-forward(norm x). Where experts come and go the `following`
@@ -296,7 +296,7 @@ def write_block(
         foretold = write_foretold(p, following, x)
     h = p.norm(x, block.ffn_norm.weight, block.ffn_norm.eps, "h")
     if isinstance(block.ffn, MoE):
-        write_moe(p, block.ffn, h, x, chosen_TK, foretold)
+        write_moe(p, block.ffn, h, x, chosen_TA, foretold)
     else:
         p.linear(p.gated(h, block.ffn.gate.weight, block.ffn.up.weight, "gated"), block.ffn.down.weight, x, add=True)
 
@@ -342,7 +342,7 @@ def write_foretold(p: Program, block: Block, x: Tensor) -> Choice:
 
 
 def write_moe(
-    p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TK: Tensor | None, foretold: Choice | None = None
+    p: Program, moe: MoE, h: Tensor, x: Tensor, chosen_TA: Tensor | None, foretold: Choice | None = None
 ) -> None:
     """model/moe.py: x + Σ weight · expert(h) + shared(h)."""
     c, shared = moe.router.config, None
@@ -357,7 +357,7 @@ def write_moe(
     )
     if moe.shared:
         shared = p.gated(h, moe.shared.gate.weight, moe.shared.up.weight, "shared_gated", beside=True)
-    choice = Choice(h, moe.router.weight, moe.router.bias, chosen_TK)
+    choice = Choice(h, moe.router.weight, moe.router.bias, chosen_TA)
     p.route(choice, r, beside=shared is not None, foretold=foretold)
     if moe.shared and shared is not None:
         shared = p.linear(shared, moe.shared.down.weight, "shared")

@@ -56,7 +56,8 @@ class Packed:
         scale: float,
     ) -> Tensor:
         H, N = q_nope_THN.shape[1:]
-        k_nope_THN, v_THV = up(c_TC).unflatten(-1, (H, -1)).tensor_split([N], dim=-1)
+        both = up(c_TC).unflatten(-1, (H, -1))
+        k_nope_THN, v_THV = both.split([N, both.shape[-1] - N], dim=-1)
         k_rope_THR = k_rope_TR[:, None].expand(-1, H, -1)
         q_THK = torch.cat([q_nope_THN, q_rope_THR], -1)
         k_THK = torch.cat([k_nope_THN, k_rope_THR], -1)

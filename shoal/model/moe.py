@@ -45,7 +45,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routes:
         c, scores_TE = self.config, self.scores(x_TD)
         choice_TE = within_best_groups(scores_TE.detach() + self.bias, c)
-        return self.weighed(scores_TE, choice_TE.topk(c.n_activated, sorted=False).indices)
+        return self.weighed(scores_TE, ops.top_k(choice_TE, c.n_activated))
 
     def scores(self, x_TD: Tensor) -> Tensor:
         logits_TE: Tensor = _WideLinear.apply(x_TD, self.weight)  # type: ignore[assignment]
@@ -86,7 +86,8 @@ class Replayed(nn.Module):
     def forward(self, x_TD: Tensor) -> Routes:
         assert self.left, "more calls than routes"
         own, experts_TK = self.router(x_TD), self.left.pop(0).long()
-        self.flips += int((own.experts_TK.sort().values != experts_TK.sort().values).any(-1).sum())
+        same_TK = (own.experts_TK[..., None] == experts_TK[:, None]).any(-1)
+        self.flips += int((~same_TK).any(-1).sum())
         return self.router.weighed(own.scores_TE, experts_TK)
 
 

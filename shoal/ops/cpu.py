@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import ConfigError
-from shoal.ops.reference import AdamW
+from shoal.ops.reference import AdamW, Places
 from shoal.runtime import cache_root, cpu_flags
 
 SOURCES = Path(__file__).with_name("native")
@@ -166,6 +166,48 @@ class SwiGLU(torch.autograd.Function):
         return dgate, dup
 
 
+class RotatePairs(torch.autograd.Function):
+    """x [T, R] or [T, H, R], rows and heads any distance apart; cosines and sines fp32 [T, R/2]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return _turned(dy, *ctx.saved_tensors, -1.0), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    (T, *heads, R), y = x.shape, x.new_empty(x.shape)
+    call("rotate_pairs", x, x.stride(0), x.stride(1) if heads else 0, cos, sin, sign, y, T, *(heads or [1]), R)
+    return y
+
+
+def top_k(x_TE: Tensor, k: int) -> Tensor:
+    """The indices of each row's k largest, the largest first: int64 [T, k]."""
+    index_TK = torch.empty(len(x_TE), k, dtype=torch.int64)
+    call("top_k", x_TE, *x_TE.shape, k, index_TK)
+    return index_TK
+
+
+def sort_by_expert(experts_TK: Tensor, n_experts: int) -> Places:
+    """See reference.sort_by_expert."""
+    token_M, place_TK = torch.empty(experts_TK.numel(), dtype=torch.int64), torch.empty_like(experts_TK)
+    counts_E = torch.empty(n_experts, dtype=torch.int64)
+    made = (token_M, place_TK, counts_E)
+    foreign = call("sort_by_expert", experts_TK, len(token_M), experts_TK.shape[1], n_experts, *made)
+    assert not foreign, f"an expert beyond the {n_experts} there are"
+    return Places(*made)
+
+
+def takes_dense(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels for numbers of this type read `x` as it lies."""
+    return x.dtype is dtype and x.device.type == "cpu" and x.is_contiguous() and _library()[0] is not None
+
+
 class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, token_M: Tensor, place_TK: Tensor) -> Tensor:
@@ -232,8 +274,7 @@ def run(name: str, code, n: int, step, *more: Tensor | ctypes.Array | int) -> in
 
 def takes_draws(logits_RV: Tensor) -> bool:
     """Whether `draw` accepts these: dense fp32 on a CPU, a vocabulary that is a multiple of 16."""
-    fits = logits_RV.dtype is torch.float32 and logits_RV.device.type == "cpu" and logits_RV.is_contiguous()
-    return fits and logits_RV.shape[1] % 16 == 0 and _library()[0] is not None
+    return takes_dense(logits_RV, torch.float32) and logits_RV.shape[1] % 16 == 0
 
 
 def draw(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from shoal.ops import cpu, program, quant, reference
 from shoal.ops.quant import Quantised
-from shoal.ops.reference import AdamW, Places, rotate_halves, rotate_pairs, sort_by_expert, suffix_attention
+from shoal.ops.reference import AdamW, Places, rotate_halves, suffix_attention
 
-__all__ = ["AdamW", "Places", "rotate_halves", "rotate_pairs", "sort_by_expert", "suffix_attention"]
+__all__ = ["AdamW", "Places", "rotate_halves", "suffix_attention"]
 
 GATHER_BYTES = 64 << 20  # of keys copied out of a paged cache at a time
 
@@ -55,6 +55,21 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     if gate_TF.dim() == 2 and cpu.takes(gate_TF, gate_TF.shape[1]):
         return cpu.SwiGLU.apply(gate_TF, up_TF)  # type: ignore[return-value]
     return reference.swiglu(gate_TF, up_TF)
+
+
+def rotate_pairs(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor) -> Tensor:
+    if cpu.takes(x, x.shape[-1]) and all(cpu.takes_dense(angle, torch.float32) for angle in (cos_TR2, sin_TR2)):
+        return cpu.RotatePairs.apply(x, cos_TR2, sin_TR2)  # type: ignore[return-value]
+    return reference.rotate_pairs(x, cos_TR2, sin_TR2)
+
+
+def top_k(x_TE: Tensor, k: int) -> Tensor:
+    return cpu.top_k(x_TE, k) if cpu.takes_dense(x_TE, torch.float32) else reference.top_k(x_TE, k)
+
+
+def sort_by_expert(experts_TK: Tensor, n_experts: int) -> Places:
+    sort = cpu.sort_by_expert if cpu.takes_dense(experts_TK, torch.int64) else reference.sort_by_expert
+    return sort(experts_TK, n_experts)
 
 
 def gather_rows(x_TD: Tensor, places: Places) -> Tensor:

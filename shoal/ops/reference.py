@@ -48,6 +48,11 @@ class Places(NamedTuple):
     counts_E: Tensor  # rows an expert gets
 
 
+def top_k(x_TE: Tensor, k: int) -> Tensor:
+    """The indices of each row's k largest [T, k], in any order."""
+    return x_TE.topk(k, sorted=False).indices
+
+
 def sort_by_expert(experts_TK: Tensor, n_experts: int) -> Places:
     """Rows (token, choice) sorted by expert, earlier tokens first."""
     flat = experts_TK.flatten()

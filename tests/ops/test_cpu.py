@@ -53,6 +53,35 @@ def test_swiglu_on_columns_of_wider_rows():
     twins(thirds(dispatch.swiglu), thirds(reference.swiglu), [3 * bf16(33, 96)])
 
 
+def test_pairs_turn_also_in_a_slice_of_wider_heads():
+    turn = torch.rand(37, 16) * 6.28
+    turned = lambda rotate: lambda x: rotate(x, turn.cos(), turn.sin())  # noqa: E731
+    twins(turned(dispatch.rotate_pairs), turned(reference.rotate_pairs), [bf16(37, 32)])
+    twins(turned(dispatch.rotate_pairs), turned(reference.rotate_pairs), [bf16(37, 3, 32)])
+    sliced = lambda rotate: lambda x: turned(rotate)(x.split([16, 32], -1)[1])  # noqa: E731
+    twins(sliced(dispatch.rotate_pairs), sliced(reference.rotate_pairs), [bf16(37, 3, 48)])
+    transposed = lambda rotate: lambda x: turned(rotate)(x.transpose(1, 2))  # noqa: E731
+    twins(transposed(dispatch.rotate_pairs), transposed(reference.rotate_pairs), [bf16(37, 32, 3)])
+
+
+def test_rows_choose_their_largest_first():
+    x = torch.randn(50, 24)
+    x[3, 5:] = -torch.inf
+    assert torch.equal(dispatch.top_k(x, 4), x.topk(4).indices)
+    assert torch.equal(dispatch.top_k(x, 4).sort().values, reference.top_k(x, 4).sort().values)
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(70, 3), (1, 1), (0, 2)])
+def test_rows_are_sorted_by_expert(rows: int, chosen: int):
+    experts_TK = torch.rand(rows, 8).topk(chosen).indices
+    experts_TK[experts_TK == 2] = 5
+    for ours, expected in zip(dispatch.sort_by_expert(experts_TK, 8), reference.sort_by_expert(experts_TK, 8)):
+        assert torch.equal(ours, expected)
+    for strange in (8, -1):
+        with pytest.raises(AssertionError, match="beyond the 8"):
+            dispatch.sort_by_expert(torch.full((2, chosen), strange), 8)
+
+
 @pytest.mark.parametrize("experts, chosen", [(8, 3), (4, 1)])
 def test_experts_rows_go_out_and_come_back(experts: int, chosen: int):
     choice = torch.rand(70, experts).topk(chosen).indices

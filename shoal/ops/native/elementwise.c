@@ -75,6 +75,59 @@ void swiglu_backward(const bf16 *gate, const bf16 *up, i64 stride, const bf16 *d
         }
 }
 
+/* ---- rotary positions: neighbouring pairs turn by the row's angles, backwards with sign −1. Rows of x lie `row` apart
+ * and heads `head`; R is a multiple of 16. --------------------------------------------------------------------- */
+
+void rotate_pairs(const bf16 *x, i64 row, i64 head, const float *cos, const float *sin, float sign, bf16 *y, i64 T,
+                  i64 H, i64 R) {
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+#pragma omp parallel for schedule(static)
+    for (i64 t = 0; t < T; t++)
+        for (i64 r = 0; r < R; r += 16) {
+            __m256 c8 = _mm256_loadu_ps(cos + t * (R / 2) + r / 2), s8 = _mm256_loadu_ps(sin + t * (R / 2) + r / 2);
+            __m512 c = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(c8));
+            __m512 s = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(s8));
+            s = _mm512_mul_ps(s, _mm512_set1_ps(sign));
+            for (i64 h = 0; h < H; h++) {
+                __m512 v = load(x + t * row + h * head + r), swapped = _mm512_permute_ps(v, 0xb1);
+                store(y + (t * H + h) * R + r, _mm512_fmaddsub_ps(v, c, _mm512_mul_ps(swapped, s)));
+            }
+        }
+}
+
+/* ---- experts: the K that a row chooses, and rows (token, choice) sorted by them, earlier tokens first ------------- */
+
+/* The indices of each row's K largest, the largest first. */
+void top_k(const float *x, i64 T, i64 E, i64 K, i64 *index) {
+#pragma omp parallel for schedule(static)
+    for (i64 t = 0; t < T; t++) {
+        float v[E];
+        memcpy(v, x + t * E, E * sizeof(float));
+        for (i64 k = 0; k < K; k++) {
+            i64 best = 0;
+            for (i64 e = 1; e < E; e++) best = v[e] > v[best] ? e : best;
+            index[t * K + k] = best;
+            v[best] = -INFINITY;
+        }
+    }
+}
+
+/* Returns 1 where an expert isn't one of E. */
+int sort_by_expert(const i64 *expert, i64 M, i64 K, i64 E, i64 *token, i64 *place, i64 *counts) {
+    memset(counts, 0, E * sizeof(i64));
+    for (i64 m = 0; m < M; m++) {
+        if (expert[m] < 0 || expert[m] >= E) return 1;
+        counts[expert[m]]++;
+    }
+    i64 next[E], total = 0;
+    for (i64 e = 0; e < E; e++) next[e] = total, total += counts[e];
+    for (i64 m = 0; m < M; m++) {
+        place[m] = next[expert[m]]++;
+        token[place[m]] = m / K;
+    }
+    return 0;
+}
+
 /* ---- expert rows: weigh_rows and the backward of both ways ------------------------------------------------------- */
 
 /* y_t = Σ_k w_tk · rows[place_tk]; without weights (w null) it is the backward of gather_rows. */

@@ -2,7 +2,7 @@
  *
  * With few tokens every weight is read once and hardly used: reading is the limit, and calling a library per product
  * costs more than the product. So a step enters here once. Each instruction is cut into tasks; a thread takes the next
- * one, and where an instruction's `wait` is set all meet before they go on.
+ * one, or a few where they are small, and where an instruction's `wait` is set all meet before they go on.
  *
  * Whoever computes a row, and whatever rows are beside it, its numbers are the same to the last bit: every sum runs in
  * an order that depends on the row alone.
@@ -196,8 +196,8 @@ static void sort_rows(const Instruction *c, Step *s) {
     for (i64 m = 0; m < M; m++) s->row_M[next[s->expert_M[m]]++] = m;
 }
 
-/* A task: some rows' experts and weights, kept in y if there is one. Whoever ends last sorts all rows. If FORETOLD, they
- * are left in y and nobody follows them. */
+/* A task: some rows' experts and weights, kept in y if there is one. Whoever ends last sorts all rows. If FORETOLD,
+ * they are left in y and nobody follows them. */
 static void route(const Worker *t, i64 task) {
     const Instruction *c = t->code;
     Step *s = t->step;
@@ -254,16 +254,24 @@ static const char *weights_of(const Instruction *c, const Step *s, i64 task, i64
     return w->codes ? (const char *)w->codes + task % blocks * columns * row_bytes(w->form, c->K) : NULL;
 }
 
+/* How a product's matrices are written. A mixture's experts are of one form, and some may not be there. */
+static i64 form_of(const Instruction *c) {
+    const Matrix *w = c->matrices + (KINDS[c->kind] == experts_down ? 2 : 0), *end = w + 3 * c->E;
+    while (w + 3 < end && !w->codes) w += 3;
+    return w->form;
+}
+
 /* Tasks that a thread takes at a time: small ones together, since the counter goes to and fro between the cores. */
 static i64 taken_together(const Instruction *c, const Step *s, i64 count, i64 team) {
     if (!c->matrices || s->chunks) return 1;
-    i64 bytes = width(c, s) * c->stacked * row_bytes(c->matrices->form, c->K);
+    i64 bytes = width(c, s) * c->stacked * row_bytes(form_of(c), c->K);
     i64 n = least(TAKEN / bytes, count / (4 * team));
     return n > 1 ? n : 1;
 }
 
 /* What this thread asks for during a task: the weights of the one it will probably take next, of this instruction or
- * of one behind it, as far as experts are chosen. `batch` are those from `first` on that it has taken. */
+ * of one behind it, as far as experts are chosen; while the last row's are sorted, a guess. `batch` are those from
+ * `first` on that it has taken. */
 static void look_ahead(Worker *t, i64 task, i64 first, i64 batch, i64 count) {
     const Instruction *then = t->code;
     i64 next = task + 1;
@@ -316,18 +324,11 @@ static i64 rows_of_x(const Instruction *c, const Step *s) {
     return KINDS[c->kind] == experts_down ? s->T * c->A : s->T;
 }
 
-/* Whether a product's matrices are in bf16, which meet rows of x as they are. A mixture's experts are of one form. */
-static int is_plain(const Instruction *c) {
-    const Matrix *w = c->matrices + (KINDS[c->kind] == experts_down ? 2 : 0), *end = w + 3 * c->E;
-    while (w + 3 < end && !w->codes) w += 3;
-    return w->form == PLAIN;
-}
-
 /* Bytes that a product's rows of x need on a thread, as codes meet them in either way; `rows` becomes the most. */
 i64 room_for_arranged(const Instruction *code, i64 n, const Step *s, i64 *rows) {
     i64 most = *rows = 0;
     for (const Instruction *c = code; c < code + n; c++) {
-        if (!c->matrices || is_plain(c)) continue;
+        if (!c->matrices || form_of(c) == PLAIN) continue; /* bf16 meets rows of x as they are */
         i64 these = 2 * rows_of_x(c, s), bytes = these * arranged_bytes(c->K);
         most = bytes > most ? bytes : most;
         *rows = these > *rows ? these : *rows;
