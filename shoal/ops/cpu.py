@@ -30,6 +30,7 @@ from shoal.runtime import cache_root, cpu_flags
 SOURCES = Path(__file__).with_name("native")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2**21, 14, 25
+STRETCH = 2**15  # numbers that are summed by themselves
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
 
@@ -327,6 +328,13 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor
     nll_T = torch.empty(T, dtype=torch.float32)
     call("cross_entropy", logits_TV, targets_T.contiguous(), float(scale), nll_T, T, V)
     return nll_T
+
+
+def norm(x: Tensor) -> Tensor:
+    """See reference.norm."""
+    sums = torch.empty(-(-x.numel() // STRETCH), dtype=torch.float32)
+    call("sum_squares", x, x.numel(), STRETCH, sums)
+    return sums.sum().sqrt()
 
 
 def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None, c: AdamW) -> None:

@@ -228,6 +228,10 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor
     return reference.cross_entropy_(logits_TV, targets_T, scale)
 
 
+def norm(x: Tensor) -> Tensor:
+    return cpu.norm(x) if cpu.takes_dense(x, torch.bfloat16) else reference.norm(x)
+
+
 def adamw_(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, weight: Tensor | None, c: AdamW) -> None:
     """One AdamW step on the fp32 master p and its moments; `weight` becomes p, rounded. None where p is the weight."""
     step = cpu.adamw_ if cpu.takes_update(p, grad, weight) else reference.adamw_

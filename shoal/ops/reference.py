@@ -135,6 +135,11 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor
     return nll_T
 
 
+def norm(x: Tensor) -> Tensor:
+    """√Σx² over all numbers, in fp32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
+
+
 class AdamW(NamedTuple):
     """The numbers of one AdamW step. `size` and `root` correct for moments that began at zero."""
 

@@ -141,7 +141,7 @@ def _keep(moment: Tensor, wide: Tensor) -> None:
 
 def norm(gradients: Sequence[Tensor | None]) -> float:
     """Over all of them; NaN or infinite where any is."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
+    norms = [ops.norm(g) for g in gradients if g is not None]
     return torch.linalg.vector_norm(torch.stack(norms)).item()
 
 

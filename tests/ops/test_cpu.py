@@ -184,3 +184,11 @@ def test_adamw_equals_torch(step_of):
         step_of(p, m, v, grad, weight, numbers)
     assert relative_error(p, theirs.detach()) < 1e-6
     assert torch.equal(weight, p.bfloat16())
+
+
+@pytest.mark.parametrize("n", [1, 50, 2**15, 2**16 + 7])
+def test_norms_of_dense_numbers(n: int):
+    x = bf16(n)
+    assert relative_error(dispatch.norm(x), x.double().norm()) < 1e-5
+    x[-1] = torch.nan
+    assert dispatch.norm(x).isnan()

@@ -194,6 +194,23 @@ void cross_entropy(bf16 *logits, const i64 *targets, float scale, float *nll, i6
     }
 }
 
+/* ---- the squares of a gradient: each stretch of `stretch` numbers has a sum of its own, whoever computes it ------- */
+
+void sum_squares(const bf16 *x, i64 n, i64 stretch, float *sums) {
+#pragma omp parallel for schedule(static)
+    for (i64 start = 0; start < n; start += stretch) {
+        i64 end = n - start < stretch ? n : start + stretch;
+        __m512 sum = _mm512_setzero_ps();
+        for (i64 i = start; i < end; i += 16) {
+            __mmask16 k = end - i >= 16 ? 0xffff : (__mmask16)((1u << (end - i)) - 1);
+            __m512 v = _mm512_castsi512_ps(
+                _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, x + i)), 16));
+            sum = _mm512_fmadd_ps(v, v, sum);
+        }
+        sums[start / stretch] = _mm512_reduce_add_ps(sum);
+    }
+}
+
 /* ---- AdamW on an fp32 master with a bf16 or fp32 gradient; the bf16 weight is written in the same pass ----------- */
 
 /* m, v ← moments of clip·g; p ← p (1 − lr·decay) − step · m / (√v · root + eps); step and root correct their bias. */
