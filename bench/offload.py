@@ -7,9 +7,9 @@ is a server in a memory control group of that size, so its page cache counts too
 is resident of ours is read from outside the whole time. Decoding counts, from the first token to the last.
 
 `v3`: layers of V3's true width (a dense one and mixtures of 256 experts) under a budget that holds a part of them:
-tokens a second, and what they make of all 61 layers. Both are held against what `shoal plan fit` foretells from the
-hit rate and the disk's rate that the run saw; what the disk gives at random places is measured beside it, and is less,
-since a virtual machine's host keeps what is read again and again.
+tokens a second, and what they make of all 61 layers. Each round of both is held against what `shoal plan fit` foretells
+from the hit rate and the disk's rate that the round saw, and the memory's rate just before it. What the disk gives at
+random places is measured beside them, and is less, since a virtual machine's host keeps what is read again and again.
 
 Control groups need version 1 of them and the right to make one; without, ours is measured alone and it says so.
 """
@@ -23,7 +23,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from threading import Event, Thread
@@ -152,15 +152,19 @@ def measure(case: Case) -> dict:
         stack.callback(watch.close)
         if peer:
             servers.append(stack.enter_context(theirs(case, groups[1])))
-        rates, seen, disk = take_rounds(case, servers, next(folder.glob("*.safetensors")))
-        hardware = Hardware(case.memory, read_bytes_per_s(), seen["disk_bytes_per_s"])
+        rates, seen = take_rounds(case, servers, next(folder.glob("*.safetensors")))
         print(servers[0].log.read_text()[:600].partition("chat page")[0])
         resident = watch.close()
     assert resident <= case.memory, f"{resident:,} bytes were resident, {case.memory:,} were allowed"
     config = drawn.SHAPES[case.model]
-    foretold = fit.fit(config, "int4", hardware, PROMPT + case.tokens, seen["hit_rate"])
-    known = {"case": case, "machine": hardware, "at_random": disk}
-    return known | {"rates": rates, "seen": seen, "resident": resident, "plan": foretold}
+    foretold = [fit.fit(config, "int4", machine(case, s), PROMPT + case.tokens, s["hit_rate"]) for s in seen]
+    usual = {name: median(s[name] for s in seen) for name in seen[0]}
+    plan = [f.tokens_per_s for f in foretold]
+    return {"case": case, "rates": rates, "seen": usual, "resident": resident, "plan": plan}
+
+
+def machine(case: Case, seen: dict[str, float]) -> Hardware:
+    return Hardware(case.memory, seen["ram_bytes_per_s"], seen["disk_bytes_per_s"])
 
 
 def forget(files: Iterable[Path]) -> None:
@@ -185,27 +189,24 @@ def theirs(case: Case, group: Group) -> Server:
     return Server(f"llama-server {case.model}", group.command([str(llama.program("llama-server")), *flags]))
 
 
-def take_rounds(
-    case: Case, servers: list[Server], file: Path
-) -> tuple[dict[str, list[float]], dict[str, float], float]:
-    """The first round warms up: experts that are used find their places. The disk, which others use too, is measured on
-    a file of the model before every round: its median."""
-    disks: list[float] = []
+def take_rounds(case: Case, servers: list[Server], file: Path) -> tuple[dict[str, list[float]], list[dict[str, float]]]:
+    """Tokens a second of each server's rounds, and what was seen in ours. The first round warms up: experts that are
+    used find their places. Memory and disk, which others use too, are measured before every round."""
     rates: dict[str, list[float]] = {server.name: [] for server in servers}
-    begun: dict[str, float] = {}
+    seen: list[dict[str, float]] = []
     for i in range(1 + case.rounds):
-        disks.append(disk_bytes_per_s(file))
+        before = {"at_random": disk_bytes_per_s(file), "ram_bytes_per_s": read_bytes_per_s()}
         for server in turned(servers, i):
-            n = case.tokens if i else case.warm
+            n, begun = case.tokens if i else case.warm, metrics(servers[0])
             seconds, (streamed,) = asyncio.run(together(server, [body(case, i, n)]))
             assert streamed.tokens == n, f"{server.name}: {streamed}"
             rate = (n - 1) / (seconds - streamed.first)
             print(f"  {f'round {i}' if i else 'warm-up'}  {server.name:28} {rate:.3f} tokens/s", flush=True)
             if i:
                 rates[server.name].append(rate)
-            elif server is servers[0]:
-                begun = metrics(server)
-    return rates, difference(begun, metrics(servers[0]), case.rounds * case.tokens), median(disks)
+            if i and server is servers[0]:
+                seen.append(before | difference(begun, metrics(server), n))
+    return rates, seen
 
 
 def body(case: Case, seed: int, n: int) -> dict:
@@ -236,19 +237,19 @@ def report(results: dict[str, dict]) -> None:
     rows, ratios, limits = [], [], []
     for part, r in results.items():
         (name, rates), *peers = r["rates"].items()
-        case, seen, machine, plan = r["case"], r["seen"], r["machine"], r["plan"]
+        case, seen, plan = r["case"], r["seen"], r["plan"]
         speeds = [[n, median(x), min(x), max(x)] for n, x in r["rates"].items()]
         show(["tokens/s", "median", "least", "most"], speeds)
         found = f"{seen['hit_rate']:.0%} of experts found, {seen['foretold']:.0%} foretold"
         print(f"{case.model}: {gib(r['resident'])} resident of {gib(case.memory)}; {found}")
-        read = f"{seen['bytes_per_token'] / 1e6:.0f} MB a token at {machine.disk_rate / 1e9:.2f} GB/s"
-        print(f"precision {seen['precision']:.0%}; {read}, at random {r['at_random'] / 1e9:.2f}")
-        print(f"plan fit foretells {plan.tokens_per_s:.2f} tokens/s at these rates")
+        read = f"{seen['bytes_per_token'] / 1e6:.0f} MB a token at {seen['disk_bytes_per_s'] / 1e9:.2f} GB/s"
+        print(f"precision {seen['precision']:.0%}; {read}, at random {seen['at_random'] / 1e9:.2f}")
+        print(f"plan fit foretells {median(plan):.2f} tokens/s ({min(plan):.2f} to {max(plan):.2f}) of these rounds")
         if peers:
             ratio = Ratio.of(rates, peers[0][1])
             print(f"{ratio.median:.2f} times llama.cpp ({ratio.spread[0]:.2f} to {ratio.spread[1]:.2f}), limit {LIMIT}")
             rows, ratios, limits = [*rows, f"{part} llama.cpp"], [*ratios, ratio], [*limits, LIMIT]
-        agreed = Ratio.of(rates, [plan.tokens_per_s] * len(rates))
+        agreed = Ratio.of(rates, plan)
         verdict = "agrees" if agrees(agreed.median) else "does NOT agree"
         print(f"{agreed.median:.2f} times plan fit ({agreed.spread[0]:.2f} to {agreed.spread[1]:.2f}): it {verdict}")
         rows, ratios, limits = [*rows, f"{part} plan fit"], [*ratios, agreed], [*limits, AGREES]
@@ -268,7 +269,6 @@ def report(results: dict[str, dict]) -> None:
         resident={part: r["resident"] for part, r in results.items()},
         memory={part: r["case"].memory for part, r in results.items()},
         seen={part: r["seen"] for part, r in results.items()},
-        rates={part: {"ram": r["machine"].ram_rate, "disk": r["at_random"]} for part, r in results.items()},
         whole_model={part: r["whole"] for part, r in results.items() if "whole" in r},
         peer_version=llama.version(),
         threads=THREADS,
@@ -281,21 +281,21 @@ def agrees(ratio: float) -> bool:
 
 
 def peer_of(result: dict, row: str) -> float:
-    return result["plan"].tokens_per_s if row.endswith("fit") else median([*result["rates"].values()][1])
+    return median(result["plan"] if row.endswith("fit") else [*result["rates"].values()][1])
 
 
 def extrapolated(config: ModelConfig, rate: float, r: dict) -> dict[str, float]:
     """All of V3 at the same hit rate: the seconds of a mixture layer as measured, dense layers and head by the bytes
     that they have; and what plan fit says of the whole."""
-    machine, hit_rate, moe = r["machine"], r["seen"]["hit_rate"], config.moe
+    hardware, hit_rate, moe = machine(r["case"], r["seen"]), r["seen"]["hit_rate"], config.moe
     assert moe
     mixtures = config.n_layers - moe.n_dense_layers
-    without = fit.weights(drawn.slice_of(config, 0), "int4").near / machine.ram_rate
+    without = fit.weights(drawn.slice_of(config, 0), "int4").near / hardware.ram_rate
     each = (1 / rate - without) / mixtures
     v3 = PRESETS["v3-671b"]
     assert v3.moe
-    dense = fit.weights(drawn.slice_of(v3, 0), "int4").near / machine.ram_rate
-    budget = Hardware(fit.fit(v3, "int4", machine, PROMPT).smallest, machine.ram_rate, machine.disk_rate)
+    dense = fit.weights(drawn.slice_of(v3, 0), "int4").near / hardware.ram_rate
+    budget = replace(hardware, ram_bytes=fit.fit(v3, "int4", hardware, PROMPT).smallest)
     plan = fit.fit(v3, "int4", budget, PROMPT, hit_rate).tokens_per_s
     return {"measured": 1 / (dense + (v3.n_layers - v3.moe.n_dense_layers) * each), "plan": plan}
 
