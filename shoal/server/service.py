@@ -265,8 +265,8 @@ class Service:
             raise engine_failed() from e
 
     def abandon(self, generation: Generation) -> None:
-        """Nothing of it was sent, and nothing is billed."""
-        generation.billed = False
+        """Nothing of it was sent, and nothing is billed. Its end is ours, for the caller never gets it."""
+        generation.billed, generation.ended = False, self.ended
         generation.cancel("refused")
         generation.end()
 

@@ -1,0 +1,49 @@
+"""Admission without HTTP: what is refused leaves nothing behind, and what fails is tried so often and no more."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shoal.server.auth import Key, Keys
+from shoal.server.ledger import Ledger
+from shoal.server.problem import Problem
+from shoal.server.protocol import Ask, read_chat
+from shoal.server.service import Service
+from tests.server.fake import Bytes, FakeEngine
+from tests.server.running import CHAT, NAME
+
+
+@pytest.fixture
+def service(tmp_path) -> Iterator[Service]:
+    engine, ledger = FakeEngine(), Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    yield Service(engine, Bytes(), NAME, ledger, tmp_path / "journals", Keys(required=True))
+    engine.close()
+    ledger.close()
+
+
+def ask(**fields: Any) -> Ask:
+    """A prompt of three tokens."""
+    asked = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "thinking": {"type": "disabled"}}
+    return read_chat(json.dumps(asked | fields).encode())
+
+
+@pytest.mark.parametrize("ended", [None, lambda generation: None], ids=["of a client", "of a batch"])
+def test_what_the_engine_refuses_leaves_nothing_behind(service, monkeypatch, ended):
+    key = Key("a", "t", tokens_per_minute=10)
+
+    def refuse(request: object) -> None:
+        raise RuntimeError("it is closing")
+
+    async def refused() -> None:
+        await service.start()
+        with pytest.raises(Problem, match="the engine failed"):
+            await service.admit(ask(), key, "req-1", CHAT, ended=ended)
+        assert not service.generations and not service.keys.unsettled and not service.journal.open
+        assert service.keys.allowed(key, 0, None, 1) == 1, "its tokens are given back"
+        await service.stop()
+
+    monkeypatch.setattr(service.engine, "submit", refuse)
+    asyncio.run(refused())
