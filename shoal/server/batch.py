@@ -175,26 +175,26 @@ class Batches:
     async def work(self, batch_id: str, lines: Any) -> None:
         """Line after line, shared with the others of this batch; all batches together fill so many slots."""
         for line in lines:
-            request_id, wait, tries = new_id("req"), 0, 0
+            request_id, failures = new_id("req"), 0
             while True:
                 async with self.slots:
                     row = await asyncio.to_thread(self.row, batch_id)
                     if row["status"] != "in_progress" or row["owner"] != self.id:
                         return
-                    tries += 1
-                    wait = await self.answer(row, line, request_id, last=tries == TRIES)
-                if wait is None:
+                    problem = await self.answer(row, line, request_id, last=failures == TRIES - 1)
+                if problem is None:
                     break
-                await asyncio.sleep(wait)  # without a slot: others' lines go on
+                failures += problem.code == "engine_failed"
+                await asyncio.sleep(problem.retry_after or 1)  # without a slot: others' lines go on
 
-    async def answer(self, row: Mapping[str, Any], line: Line, request_id: str, last: bool) -> int | None:
-        """None where the line has its answer, for good or bad; else in how many seconds to try again."""
+    async def answer(self, row: Mapping[str, Any], line: Line, request_id: str, last: bool) -> Problem | None:
+        """None where the line has its answer, for good or bad; else why it has to be tried again."""
         try:
             await self.generate(row, line, self.key(row), request_id)
             return None
         except Problem as problem:
             if problem.status in RETRY and (problem.code != "engine_failed" or not last):
-                return problem.retry_after or 1
+                return problem
             body = problem.body(request_id)
             await asyncio.to_thread(self.put, row["id"], line, request_id, problem.status, body, None)
             return None

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from shoal.server.auth import Key, Keys
+from shoal.server.batch import TRIES, Batches, Line
+from shoal.server.generation import engine_failed
 from shoal.server.ledger import Ledger
 from shoal.server.problem import Problem
 from shoal.server.protocol import Ask, read_chat
@@ -47,3 +49,23 @@ def test_what_the_engine_refuses_leaves_nothing_behind(service, monkeypatch, end
 
     monkeypatch.setattr(service.engine, "submit", refuse)
     asyncio.run(refused())
+
+
+def test_only_failures_of_the_engine_count_as_tries_of_a_line(service, monkeypatch):
+    busy = Problem(429, "later", code="rate_limit_exceeded")
+    rounds, put = iter([*[busy] * TRIES, *[engine_failed(), busy] * (TRIES - 1), engine_failed()]), []
+    batches = Batches(service)
+    row = {"id": "b", "status": "in_progress", "owner": batches.id, "key": ""}
+
+    async def generate(*_: object) -> None:
+        raise next(rounds)
+
+    async def at_once(seconds: float) -> None:
+        pass
+
+    monkeypatch.setattr(batches, "row", lambda batch_id: row)
+    monkeypatch.setattr(batches, "generate", generate)
+    monkeypatch.setattr(batches, "put", lambda *answer: put.append(answer))
+    monkeypatch.setattr(asyncio, "sleep", at_once)
+    asyncio.run(batches.work("b", iter([Line(1, "a", b"")])))
+    assert [status for _, _, _, status, *_ in put] == [503] and next(rounds, None) is None
