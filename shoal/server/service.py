@@ -139,8 +139,11 @@ class Service:
             n = len(prompts) * ask.n
             total = sum(map(len, prompts))
             allowed = self.keys.allowed(key, total, None if ask.max_tokens is None else ask.max_tokens * n, most * n)
+            if not ask.embed and allowed < n:
+                message = f"the key's budget has {allowed:,} tokens left for {n:,} answers"
+                raise Problem(402, message, code="insufficient_quota")
             self.check_open(priority)  # again: tokenising took its time
-            fits = 0 if ask.embed else min(room, max(1, allowed // n))
+            fits = 0 if ask.embed else min(room, allowed // n)
             buffered = self.limits.buffered_deltas if ended is None else MUCH  # nobody reads those before their end
             generation = self.prepare(ask, key, request_id, route, priority, prompts, fits, buffered)
             if ended is None:

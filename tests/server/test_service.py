@@ -9,7 +9,7 @@ import pytest
 
 from shoal.server.auth import Key, Keys
 from shoal.server.batch import TRIES, Batches, Line
-from shoal.server.generation import engine_failed
+from shoal.server.generation import Generation, engine_failed
 from shoal.server.ledger import Ledger
 from shoal.server.problem import Problem
 from shoal.server.protocol import Ask, read_chat
@@ -49,6 +49,23 @@ def test_what_the_engine_refuses_leaves_nothing_behind(service, monkeypatch, end
 
     monkeypatch.setattr(service.engine, "submit", refuse)
     asyncio.run(refused())
+
+
+def test_a_budget_has_a_token_for_each_answer_or_refuses_them(service):
+    key = Key("a", "t", token_budget=6)
+
+    async def promised(n: int) -> int:
+        generation: Generation = await service.admit(ask(n=n), key, "req-1", CHAT)
+        return generation.promised
+
+    async def asked() -> None:
+        await service.start()
+        with pytest.raises(Problem, match="3 tokens left for 4 answers") as refused:
+            await promised(4)
+        assert refused.value.status == 402 and await promised(3) == 6
+        await service.stop()
+
+    asyncio.run(asked())
 
 
 def test_only_failures_of_the_engine_count_as_tries_of_a_line(service, monkeypatch):
