@@ -7,7 +7,6 @@ because the journal still holds it.
 """
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -98,10 +97,8 @@ def recover(ledger: Ledger, folder: Path) -> int:
     """Settle what killed servers left open. Returns how many requests that were."""
     n = 0
     for path, file in journal.orphans(folder):
-        left = journal.read(path.read_text(encoding="utf-8", errors="replace"))
-        n += ledger.settle([recovered(one) for one in left])
+        n += ledger.settle([recovered(one) for one in journal.read(file.read())])
         path.unlink()
-        os.close(file)
     return n
 
 

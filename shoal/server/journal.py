@@ -16,8 +16,10 @@ import fcntl
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 COMPACT_BYTES = 16 * 2**20
 
@@ -35,7 +37,8 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.path = folder / f"{os.getpid()}-{secrets.token_hex(4)}.journal"
-        self.file = locked(self.path)
+        self.file = locked(unfinished := self.path.with_suffix(".new"))
+        os.rename(unfinished, self.path)  # locked before it has its name
         self.size = 0
         self.pending: list[str] = []
         self.open: dict[str, tuple[str, Counts]] = {}  # id: (its B line, counts)
@@ -129,18 +132,14 @@ class Left(NamedTuple):
     counts: Counts
 
 
-def orphans(folder: Path) -> list[tuple[Path, int]]:
-    """Journals that no living server holds, with a file descriptor that now does."""
-    found = []
-    for path in sorted(folder.glob("*.journal")) if folder.is_dir() else ():
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
+def orphans(folder: Path) -> Iterator[tuple[Path, TextIO]]:
+    """Journals that no living server holds, open and locked by us until the next. Others may be at it meanwhile: a
+    file that has lost its name since it was opened was replaced by its server, or settled."""
+    for path in sorted(folder.glob("*.journal")):
+        with suppress(FileNotFoundError, BlockingIOError), open(path, "r+", encoding="utf-8", errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            continue
-        found.append((path, file))
-    return found
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                yield path, file
 
 
 def read(text: str) -> list[Left]:

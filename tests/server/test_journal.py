@@ -1,8 +1,10 @@
 """The journal: what it holds at any point it may be cut at is exactly what was written before, and no more."""
 
+import fcntl
 import json
 import os
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -125,3 +127,37 @@ def test_a_journal_with_nothing_open_goes_with_its_server(tmp_path):
     book.close()
     assert list(tmp_path.iterdir()) == []
     assert Keys(required=False).rows == {}
+
+
+def before_the_next_lock(monkeypatch, act: Callable[[], object]) -> None:
+    flock = fcntl.flock
+
+    def late(file, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        act()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+
+
+def test_what_a_living_server_replaces_or_closes_while_another_looks_is_its_own(tmp_path, monkeypatch):
+    ledger, folder = Ledger(f"sqlite:///{tmp_path}/l.db"), tmp_path / "j"
+    book = Journal(folder)
+    book.begin(row("a"))
+    book.flush()
+    (folder / "settled.journal").symlink_to("nowhere")  # as one that goes after a look at the folder
+    before_the_next_lock(monkeypatch, book.compact)
+    assert recover(ledger, folder) == 0
+    assert journal.read(book.path.read_text()) == [(row("a"), Counts())]
+    book.end(["a"])
+    book.flush()
+    before_the_next_lock(monkeypatch, book.close)
+    assert recover(ledger, folder) == 0 and not book.path.exists()
+    ledger.close()
+
+
+def test_no_server_that_starts_takes_anothers_journal_before_it_is_locked(tmp_path, monkeypatch):
+    ledger, folder = Ledger(f"sqlite:///{tmp_path}/l.db"), tmp_path / "j"
+    before_the_next_lock(monkeypatch, lambda: recover(ledger, folder))
+    assert Journal(folder).path.exists()
+    ledger.close()
