@@ -101,13 +101,15 @@ class Disk:
 
     def wants(self, key: Key, n: int) -> bool:
         """Whether a page of `n` bytes should be given to `write`. One that is there already counts as used now."""
+        if self.off:
+            return False
         name = self._name(key)
         with self._lock:
             if name in self._files:
                 self._files.move_to_end(name)
                 self._jobs.put(partial(self._stamp, name))
             known = name in self._files or name in self._waiting
-            return not (self.off or known or (len(self._waiting) + 1) * n > MOST_WAITING)
+            return not (known or (len(self._waiting) + 1) * n > MOST_WAITING)
 
     def write(self, key: Key, page_N: Tensor) -> None:
         """Have the page's bytes [n] uint8 written soon."""

@@ -3,7 +3,7 @@
     stream's next unit is on the disk → fetch: it and those behind it, LOAD_BYTES at most → taken in between two steps
 
 Nobody waits but the stream that needs them, whose prompt is computed from where the pages end. A disk that hangs is
-given up after READ_SECONDS; then pages are computed as if there were none.
+given up after READ_SECONDS, and one whose reader fails at once; then pages are computed as if there were none.
 """
 
 from concurrent.futures import Future, wait
@@ -47,7 +47,10 @@ class Loader:
                 self._reading = None
             return
         if self._reading:
-            self._take_in(self._reading, scheduler, lock)
+            if (error := self._reading.pages.exception()) is not None:
+                self.disk.give_up(repr(error))
+            else:
+                self._take_in(self._reading, scheduler, lock)
             self._reading = None
         for stream in filter(scheduler.loads, scheduler.running):
             most = max(1, LOAD_BYTES // self.page_bytes)

@@ -158,6 +158,37 @@ def test_a_read_that_hangs_holds_nobody_up_and_is_given_up(made, monkeypatch, ca
     go_on.set()
 
 
+def test_a_read_that_fails_is_given_up_and_ends_no_request(made, tmp_path, monkeypatch, caplog):
+    asked(made(), request(START, 1))
+    engine = made()
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Disk, "read", fails)
+    with caplog.at_level(logging.WARNING):
+        result = asked(engine, request(START, 5))[0]
+    assert result.usage.cached == 0 and ids(result) == expected(model(), START, 5)
+    assert len(kept(tmp_path)) == 3 and [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "MemoryError" in caplog.text
+
+
+def test_a_floor_that_is_given_up_is_given_no_more_to_do(tmp_path):
+    disk, hangs, go_on = Disk(tmp_path / "pages", 10**6, "m"), Event(), Event()
+
+    def hang() -> None:
+        hangs.set()
+        go_on.wait(20)
+
+    disk.write(b"k", torch.zeros(8, dtype=torch.uint8))
+    disk._jobs.put(hang)
+    assert hangs.wait(10) and disk.has(b"k")
+    disk.give_up("it hangs")
+    assert not any(disk.wants(b"k", 8) for _ in range(3)) and disk._jobs.empty()
+    go_on.set()
+    disk.close()
+
+
 def test_what_is_read_while_weights_change_is_not_taken_in(made, monkeypatch):
     m = Transformer(LATENT).init_weights(0)
     asked(made(m), request(START, 1))
