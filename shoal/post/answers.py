@@ -7,7 +7,7 @@ the old one's. A last line torn by a kill is cut off when the file is opened; a 
 
 import fcntl
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,11 +33,15 @@ class Answer:
 
 
 class Answers:
-    """Those of one teacher, asked in one way. A context manager: one process at a time owns the file."""
+    """Those of one teacher, asked in one way. A context manager: one process at a time owns the file. `keep` is told
+    of each answer by its key, on file or new, in place of `found`, for whom a part of it is enough in memory."""
 
-    def __init__(self, path: Path, teacher: str, settings: Mapping[str, Any]):
+    def __init__(
+        self, path: Path, teacher: str, settings: Mapping[str, Any], keep: Callable[[str, Answer], None] | None = None
+    ):
         self.path, self.teacher, self.settings = path, teacher, dict(settings)
         self.found: dict[str, Answer] = {}
+        self.keep = keep or self.found.__setitem__
 
     def __enter__(self) -> "Answers":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,13 +56,13 @@ class Answers:
         whole = content[: content.rfind(b"\n") + 1]
         self.file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
-            self.found |= self._read(line, number)
+            self.keep(*self._read(line, number))
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def _read(self, line: bytes, number: int) -> dict[str, Answer]:
+    def _read(self, line: bytes, number: int) -> tuple[str, Answer]:
         try:
             row = json.loads(line)
             values = {name: row[name] for name in (*SHAPE, *COUNTS)}
@@ -69,7 +73,7 @@ class Answers:
             sound = False
         if not sound:
             raise DataError(f"{self.path}, line {number} is damaged", "an answer", "remove the line; it is asked again")
-        return {key: Answer(**values)}
+        return key, Answer(**values)
 
     def key(self, prompt: str, sample: int) -> str:
         identity = json.dumps([self.teacher, self.settings, prompt, sample], sort_keys=True)
@@ -80,7 +84,7 @@ class Answers:
 
     def add(self, answer: Answer) -> None:
         key = self.key(answer.prompt, answer.sample)
-        self.found[key] = answer
+        self.keep(key, answer)
         row = {"key": key, "teacher": self.teacher, "settings": self.settings} | asdict(answer)
         self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self.file.flush()

@@ -19,7 +19,7 @@ from threading import Event
 from typing import Protocol, Self
 
 from shoal.errors import ResourceError
-from shoal.post.answers import Answers
+from shoal.post.answers import Answer, Answers
 from shoal.post.config import EndpointConfig, SamplingConfig
 from shoal.post.rewards import language_of, language_share, languages, well_formed
 from shoal.post.rl_config import JudgeConfig
@@ -88,7 +88,7 @@ def readable(prompt: str, completion: str) -> bool:
 
 
 class Judge:
-    """A model behind a URL. `path` keeps what it said."""
+    """A model behind a URL. `path` keeps what it said; in memory are scores alone, for a question holds an answer."""
 
     def __init__(self, config: JudgeConfig, path: Path):
         asked = EndpointConfig(
@@ -96,7 +96,8 @@ class Judge:
         )
         self.config, self.closed = config, Event()
         self.endpoint = Endpoint(config.url, asked, SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=16))
-        self.answers = Answers(path, self.endpoint.name, self.endpoint.settings)
+        self.answers = Answers(path, self.endpoint.name, self.endpoint.settings, self.keep)
+        self.known: dict[str, float | None] = {}
 
     def __enter__(self) -> Self:
         self.answers.__enter__()
@@ -111,12 +112,15 @@ class Judge:
     def scores(self, pairs: Sequence[Judged]) -> list[float | None]:
         """Raises ConfigError where the judge refuses to be asked at all."""
         questions = [QUESTION.format(prompt=prompt, completion=text[:SHOWN]) for prompt, text in pairs]
-        missing = [q for q in dict.fromkeys(questions) if self.answers.get(q, 0) is None]
+        by_key = {self.answers.key(q, 0): q for q in questions}
+        missing = [q for key, q in by_key.items() if key not in self.known]
         for answer in self.pool.map(self.asked, missing):
             if answer is not None and score(answer.content) is not None:
                 self.answers.add(answer)
-        found = (self.answers.get(q, 0) for q in questions)
-        return [None if answer is None else score(answer.content) for answer in found]
+        return [self.known.get(self.answers.key(q, 0)) for q in questions]
+
+    def keep(self, key: str, answer: Answer) -> None:
+        self.known[key] = score(answer.content)
 
     def asked(self, question: str):
         try:

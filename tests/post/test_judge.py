@@ -41,6 +41,15 @@ def test_what_was_judged_is_not_asked_again(tmp_path):
     assert "One and one." in "".join(heard) and {body["temperature"] for body, _, _ in asked} == {0.0}
 
 
+def test_of_what_was_judged_only_the_scores_stay_in_memory(tmp_path):
+    with server(lambda body, number: says("10")) as asked:
+        for _ in range(2):
+            with Judge(JudgeConfig(asked.url, "judge"), tmp_path / "judged.jsonl") as judge:
+                judge.scores(PAIRS)
+                assert list(judge.known.values()) == [1.0, 1.0] and not judge.answers.found
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("reply", [(500, b"busy"), says("I like it"), says(""), says("11"), (200, b"[]")])
 def test_a_judge_that_fails_is_no_evidence(tmp_path, reply):
     found, _ = scores(lambda body, number: reply if "2 + 2" in str(body) else says("7"), tmp_path / "judged.jsonl")
