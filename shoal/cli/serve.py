@@ -56,11 +56,17 @@ def main(argv: list[str]) -> int:
         import shoal.server.http  # noqa: F401  # before the weights are read: a missing package is said at once
     except ModuleNotFoundError as e:
         raise needs_serve(e) from None
+    from shoal.server.ledger import Prices
+
+    prices = None if args.prices is None else Prices.parse(args.prices)
     ledger = open_ledger(args.db)
     opened, cache = open_sized(args, args.threads, args.context)
     turns = turns_of(opened)
     engine = make_engine(opened, cache, on_disk, args)
-    server = make_server(opened, engine, turns, ledger, required, args)
+    name = args.name or model_name(opened.folder)
+    if prices is not None:
+        ledger.set_prices(name, prices)
+    server = make_server(name, engine, turns, ledger, required, args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     tell(server, required, ledger, args)
     try:
@@ -118,7 +124,7 @@ def make_engine(opened: Opened, cache: int | None, on_disk: int | None, args: ar
 
 
 def make_server(
-    opened: Opened,
+    name: str,
     engine: "LocalEngine",
     turns: "Turns",
     ledger: "Ledger",
@@ -127,13 +133,9 @@ def make_server(
 ) -> "Server":
     from shoal.server.auth import Keys
     from shoal.server.http import Server, build
-    from shoal.server.ledger import Prices
     from shoal.server.limits import Limits
     from shoal.server.service import Service
 
-    name = args.name or model_name(opened.folder)
-    if args.prices is not None:
-        ledger.set_prices(name, Prices.parse(args.prices))
     limits = Limits(queue=args.queue, drain_seconds=args.drain)
     service = Service(engine, turns, name, ledger, journals(ledger), Keys(required), limits)
     return Server(service, build(service, frozenset({args.host.lower()})), args.host, args.port)

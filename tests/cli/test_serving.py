@@ -56,6 +56,11 @@ def test_usage_as_a_table_and_as_csv(db, capsys):
         usage.main(["--since", "yesterday", "--db", db])
 
 
+def test_prices_that_are_none_are_said_before_a_model_is_looked_for(tmp_path, db):
+    with pytest.raises(ConfigError, match="the prices '1/2'"):
+        serve.main([str(tmp_path / "nothing"), "--prices", "1/2", "--port", "0", "--db", db])
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_keys_are_required_wherever_others_can_reach(host):
     with pytest.raises(ConfigError, match="keys"):
