@@ -1,6 +1,6 @@
 """Every request passes here first: its head is checked, its key, then its body is read within limits.
 
-    one body length · header size · Host · Origin · path → (health and readiness are public) → key → type · body → rate
+    one body length · header size · Host · Origin → (health, readiness, page: public) → key → path → type · body → rate
 
 What comes out on the other side has `state.key`, `state.body` and `state.request_id`. Every answer carries the id, and
 every request leaves one line in the log: JSON, so that nothing a client sends can forge another line.
