@@ -26,9 +26,8 @@ from statistics import median
 from bench.record import emit
 from bench.scripted import NAME, PHRASE, VOCAB, ScriptedEngine, tokenizer
 from bench.table import show
-from shoal.engine.request import Request, Step
+from shoal.engine.request import Form, Request, Step
 from shoal.engine.turns import Turns
-from shoal.server.turns import Form
 
 TOKENS = 512
 SPACED_TOKENS, SPACED_SECONDS = 256, 0.002

@@ -20,8 +20,8 @@ from shoal.cli.generate import check
 from shoal.cli.main import INTERRUPTED
 from shoal.cli.opened import DTYPES, MODEL_HELP, Opened, turns_of
 from shoal.cli.screen import Screen, screen
+from shoal.engine.request import Form
 from shoal.errors import ConfigError, DataError, ModelError, RequestError, ShoalError
-from shoal.server.turns import Form
 
 if TYPE_CHECKING:
     from shoal.engine.engine import LocalEngine

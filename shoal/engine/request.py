@@ -47,6 +47,21 @@ class Sampling:
         return not (self.edits or cut or self.logprobs)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What an answer has to look like. `thinking_budget` in tokens; `schema` is the JSON schema of an object answer."""
+
+    thinking: bool = False
+    thinking_budget: int | None = None
+    stop: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_calls: bool = True  # whether a demanded call may be several
+    json: bool = False
+    schema: Mapping[str, Any] | None = None
+    continues: str = ""  # the start of the answer that stands already (prefix completion)
+
+
 class Guide(Protocol):
     """What steers one request, token by token. Called on the engine's thread only."""
 

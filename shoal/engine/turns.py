@@ -9,40 +9,18 @@ import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from shoal.data.chat import Call, Chat, Message
 from shoal.data.tokenizer import Tokenizer
 from shoal.engine.output import Output, Stops, shown
+from shoal.engine.request import Form
 from shoal.errors import RequestError
 
 if TYPE_CHECKING:
     from shoal.engine.grammar import Grammar, Grammars
 
 MOST_TOOLS_BYTES = 2**18
-
-
-class Form(Protocol):
-    """What an answer has to look like, as a server says it."""
-
-    @property
-    def thinking(self) -> bool: ...
-    @property
-    def thinking_budget(self) -> int | None: ...
-    @property
-    def stop(self) -> tuple[str, ...]: ...
-    @property
-    def tools(self) -> tuple[Mapping[str, Any], ...]: ...
-    @property
-    def tool_choice(self) -> str | Mapping[str, Any]: ...
-    @property
-    def parallel_calls(self) -> bool: ...
-    @property
-    def json(self) -> bool: ...
-    @property
-    def schema(self) -> Mapping[str, Any] | None: ...
-    @property
-    def continues(self) -> str: ...
 
 
 class Turns:

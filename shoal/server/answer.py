@@ -7,11 +7,14 @@ import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.engine.request import Token
 from shoal.server.ledger import NANO, Prices
-from shoal.server.turns import Delta, Turns
+
+if TYPE_CHECKING:
+    from shoal.engine.output import Delta
+    from shoal.engine.turns import Turns
 
 DONE = b"data: [DONE]\n\n"
 encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each token
@@ -52,7 +55,7 @@ class Written:
     prompt: tuple[Token, ...] = ()  # where it is to be echoed
     end: tuple[Token, ...] = ()
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: "Delta") -> None:
         self.tokens += delta.tokens
         if delta.kind == "content":
             self.content.append(delta.text)
@@ -66,7 +69,7 @@ class Written:
 class Answer:
     """One answer's shape: its id, time and model are in every chunk. `logprobs`: whether they were asked for."""
 
-    def __init__(self, turns: Turns, chat: bool, answer_id: str, created: int, model: str, logprobs: bool):
+    def __init__(self, turns: "Turns", chat: bool, answer_id: str, created: int, model: str, logprobs: bool):
         self.turns, self.chat, self.logprobs = turns, chat, logprobs
         kind = "chat.completion" if chat else "text_completion"
         self.head = {"id": answer_id, "object": kind, "created": created, "model": model}
@@ -103,7 +106,7 @@ class Answer:
             return b""
         return self.event([self.chunk_choice(index, {"role": "assistant", "content": ""}, (), None)])
 
-    def piece(self, index: int, delta: Delta) -> bytes:
+    def piece(self, index: int, delta: "Delta") -> bytes:
         if not self.chat:
             return self.event([self.text_chunk(index, delta.text, delta.tokens, None)])
         if delta.kind == "content":
@@ -168,7 +171,7 @@ class Answer:
 class Vectors(Answer):
     """Embeddings: of unit length, so that a dot product is the cosine."""
 
-    def __init__(self, turns: Turns, answer_id: str, model: str, encoding: str):
+    def __init__(self, turns: "Turns", answer_id: str, model: str, encoding: str):
         super().__init__(turns, False, answer_id, 0, model, False)
         self.encoding = encoding
 
@@ -201,7 +204,7 @@ def called(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": call["id"], "type": "function", "function": function}
 
 
-def tool_piece(delta: Delta) -> dict[str, Any]:
+def tool_piece(delta: "Delta") -> dict[str, Any]:
     function: dict[str, Any] = {"arguments": delta.text}
     if delta.call_id is None:
         return {"index": delta.index, "function": function}

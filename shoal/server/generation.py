@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shoal.engine.request import Engine, Guide, Request, Sink, Step, Token
 from shoal.errors import RequestError
@@ -22,7 +22,9 @@ from shoal.server.auth import Key
 from shoal.server.journal import Counts, Journal
 from shoal.server.ledger import Prices, UsageRow, now_ms
 from shoal.server.problem import Problem
-from shoal.server.turns import Delta, Output
+
+if TYPE_CHECKING:
+    from shoal.engine.output import Delta, Output
 
 NOTHING = Counts()
 RETRY_SECONDS = 5
@@ -58,7 +60,7 @@ class Watched:
 class Choice:
     index: int
     prompt: int  # which of the request's prompts it continues
-    output: Output
+    output: "Output"
     request: Request | None = None
     guide: Watched | None = None
     counts: Counts = NOTHING
@@ -78,7 +80,7 @@ class Event(NamedTuple):
     """What happened to a choice: more of it, or its end."""
 
     index: int
-    deltas: tuple[Delta, ...]
+    deltas: "tuple[Delta, ...]"
     finish: str | None = None
     hidden: tuple[float, ...] = ()  # of what was embedded
     prompt: tuple[Token, ...] = ()  # of what is echoed

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shoal.engine import schema
-from shoal.engine.request import Sampling
+from shoal.engine.request import Form, Sampling
 from shoal.errors import RequestError
 from shoal.server import strict
 from shoal.server.fields import (
@@ -33,7 +33,6 @@ from shoal.server.fields import (
     fault,
 )
 from shoal.server.problem import Problem
-from shoal.server.turns import Form
 
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128

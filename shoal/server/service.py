@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from shoal.engine.request import Engine, Request, Sampling, Stats
 from shoal.errors import RequestError
@@ -23,7 +23,9 @@ from shoal.server.ledger import Ledger, Prices, UsageRow
 from shoal.server.limits import Limits
 from shoal.server.problem import Problem
 from shoal.server.protocol import CHAT, REASONER, Ask
-from shoal.server.turns import Turns
+
+if TYPE_CHECKING:
+    from shoal.engine.turns import Turns
 
 PULSE_SECONDS = 1.0
 MUCH = 2**62
@@ -46,7 +48,7 @@ class Service:
     def __init__(
         self,
         engine: Engine,
-        turns: Turns,
+        turns: "Turns",
         name: str,
         ledger: Ledger,
         journals: Path,

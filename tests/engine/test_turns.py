@@ -1,12 +1,9 @@
 """A model's language as a server uses it, from requests to answers."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 
 from shoal.data.tokenizer import ANSWER, ASSISTANT, THINK, THINK_END, Tokenizer
-from shoal.engine.request import Step, Token
+from shoal.engine.request import Form, Step, Token
 from shoal.engine.turns import MOST_TOOLS_BYTES, Turns
 from shoal.errors import RequestError
 from tests.engine.outputs import TOKENIZER, VOCAB, calls, run, said
@@ -14,19 +11,6 @@ from tests.engine.outputs import TOKENIZER, VOCAB, calls, run, said
 R1 = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m.content }}{% endfor %}{{ '<｜Assistant｜><think>\n' }}"
 ADD = {"type": "function", "function": {"name": "add", "strict": True, "description": None, "parameters": {}}}
 ASKED = {"role": "user", "content": "1 + 1?"}
-
-
-@dataclass(frozen=True)
-class Form:
-    thinking: bool = False
-    thinking_budget: int | None = None
-    stop: tuple[str, ...] = ()
-    tools: tuple[dict, ...] = ()
-    tool_choice: Any = "auto"
-    parallel_calls: bool = True
-    json: bool = False
-    schema: dict | None = None
-    continues: str = ""
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shoal.engine.request import Request, Stats, Step, Token, Usage
+from shoal.engine.request import Form, Request, Stats, Step, Token, Usage
 from shoal.errors import RequestError
-from shoal.server.turns import Form
 
 BOS, END, THINK_END, CALL = 256, 257, 258, 259
 VOCAB = 260

@@ -42,7 +42,7 @@ class Running:
         self.key_id, self.key = self.ledger.new_key("test")
         self.service = Service(
             self.engine,
-            turns or Bytes(),
+            turns or Bytes(),  # type: ignore[arg-type]  # they are not of the engine, so that no test needs torch
             NAME,
             self.ledger,
             folder / "journals",

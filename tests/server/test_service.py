@@ -21,7 +21,7 @@ from tests.server.running import CHAT, NAME
 @pytest.fixture
 def service(tmp_path) -> Iterator[Service]:
     engine, ledger = FakeEngine(), Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    yield Service(engine, Bytes(), NAME, ledger, tmp_path / "journals", Keys(required=True))
+    yield Service(engine, Bytes(), NAME, ledger, tmp_path / "journals", Keys(required=True))  # type: ignore[arg-type]
     engine.close()
     ledger.close()
 
