@@ -66,7 +66,8 @@ def scaled(form: Form, group: int = GROUP) -> float:
 
 def weights(config: ModelConfig, form: Form, group: int = GROUP) -> Weights:
     """In this form: embedding, keys' and values' up-projection in bf16, norms and routers in fp32; the head in 8 bits
-    where the others have 8 or 4 that are integers, else in bf16; one that is the embedding too counts as near."""
+    where the others have 8 or 4 that are integers (with 4: a scale a row), else in bf16; one that is the embedding too
+    counts as near."""
     c, counts = config, count_parameters(config)
     mixtures = sum(c.is_moe(i) for i in range(c.n_layers))
     in_expert = 3 * c.dim * c.moe.moe_dim if c.moe else 0
@@ -75,7 +76,8 @@ def weights(config: ModelConfig, form: Form, group: int = GROUP) -> Weights:
     up = c.n_layers * up_parameters(c)
     body = counts.total - counts.embedding - counts.head - vectors - up - n_experts * in_expert
     embedding = 2 * counts.embedding
-    head = embedding if c.tie_embeddings else counts.head * (scaled("int8", group) if form in ("int8", "int4") else 2)
+    eight = scaled("int8", group if form == "int8" else c.dim)
+    head = embedding if c.tie_embeddings else counts.head * (eight if form in ("int8", "int4") else 2)
     number = scaled(form, group)
     return Weights(
         near=floor(4 * vectors + 2 * up + number * body + head),

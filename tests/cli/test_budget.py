@@ -19,7 +19,7 @@ from shoal.errors import ResourceError
 from shoal.model.config import MLAConfig, ModelConfig, MoEConfig
 from shoal.plan.fit import PROCESS_BYTES, Form
 from shoal.plan.fit import weights as weights_of
-from shoal.precision import weights
+from shoal.precision import convert, weights
 from tests.engine import stored
 from tests.engine.models import LATENT, ids, model, request
 
@@ -56,11 +56,14 @@ def test_near_bytes_are_those_that_are_read(parts):
     o.store.close()
 
 
-@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
 def test_parts_weigh_what_plan_fit_says(tmp_path, form: Form):
-    config = replace(LARGE, n_layers=2, moe=MoEConfig(2, 1, 1, 128, n_dense_layers=1))
-    path = stored.write(tmp_path / "m", config, form, lambda piece: torch.ones(piece.shape), group=128)
-    found, planned = split.examine(path, torch.bfloat16), weights_of(config, form)
+    config = replace(LARGE, vocab_size=4096, n_layers=2, moe=MoEConfig(2, 1, 1, 128, n_dense_layers=1))
+    path = stored.write(tmp_path / "bf16", config, "bf16", lambda piece: torch.ones(piece.shape))
+    if form != "bf16":
+        source, path = convert.Source(path), tmp_path / form
+        convert.write(source, path, form, 32)
+    found, planned = split.examine(path, torch.bfloat16), weights_of(config, form, 32)
     assert found.near_bytes == pytest.approx(planned.near, rel=0.01)
     assert found.embedding_bytes == planned.embedding and len(found.experts) == planned.n_experts
     assert found.slot_bytes == pytest.approx(planned.expert, abs=3 * 4096)

@@ -60,7 +60,7 @@ def test_a_model_in_the_cards_memory_needs_ram_for_its_process(capsys):
 
 def test_what_does_not_run_names_the_smallest_memory_that_works(capsys):
     assert plan.main(["fit", "r1-llama-70b", "--ram", "8GiB", "--weights", "int4", "--threads", "8"]) == 3
-    assert "smallest RAM that works is 39.8" in capsys.readouterr().out.replace("\n", " ")
+    assert "smallest RAM that works is 39.78" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize("argv", [["no-such-model"], ["v2"], ["."], ["/tmp"]])
