@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shoal.cli.opened import Opened, open_model, prepared
 from shoal.cli.sizes import size
 from shoal.errors import ResourceError
-from shoal.plan.fit import MARGIN, Division, buffer_bytes, divide, least_experts
+from shoal.plan.fit import MARGIN, Division, buffer_bytes, divide, least_experts, mib, smallest_budget
 from shoal.plan.memory import gib
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def division(
 ) -> tuple[Division, int, bool]:
     """What goes where, the cache's bytes, and whether all of the model is in memory. Raises ResourceError.
 
-    On a GPU lie near weights, cache and buffers. Where no cache is asked for it has a share, or less where that is too
-    much.
+    On a GPU lie near weights, cache and buffers, and all of a model without experts. Where no cache is asked for it has
+    a share, or less where that is too much.
     """
     from shoal.engine.cache import bytes_per_token
     from shoal.engine.pages import UNIT, units
@@ -117,10 +117,23 @@ def divided(
     whole = fixed | {"near": parts.near_bytes + parts.embedding_bytes + parts.module_bytes}
     sizes = {"process": process, "expert": parts.slot_bytes, "n_experts": n}
     fits = here and process + sum(whole.values()) + n * parts.slot_bytes <= memory * (1 - MARGIN)
-    fixed, whole = ({name: n_bytes * here for name, n_bytes in each.items()} for each in (fixed, whole))
+    if not here:
+        check_gpu(**fixed if n else whole)
+        fixed = whole = dict.fromkeys(fixed, 0)
     if fits or not n:
         return divide(memory, **whole, **sizes, least=n), cache, True
     return divide(memory, **fixed, **sizes, least=least_experts(config.moe)), cache, False
+
+
+def check_gpu(near: int, cache: int, buffers: int) -> None:
+    """Raises ResourceError where they don't fit into what is free there."""
+    import torch
+
+    needed, free = smallest_budget(near + cache + buffers), torch.cuda.mem_get_info()[0]
+    if needed > free:
+        got = f"{mib(free)} free on the GPU for weights {mib(near)}, the cache {mib(cache)}, buffers {mib(buffers)}"
+        fix = "a smaller --cache, weights in fewer bits, or the CPU for all of it: CUDA_VISIBLE_DEVICES= shoal …"
+        raise ResourceError(got, f"at least {mib(needed)}", fix)
 
 
 def tell(d: Division, rest: int, embedding: int, how: str) -> None:

@@ -259,14 +259,14 @@ def placed(
 ) -> Fit:
     """The same of weights that are known."""
     cache = context * cache_bytes_per_token(config)
-    on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.near + w.embedding + cache + buffers
-    all_on_gpu = machine.gpu_bytes * (1 - MARGIN) >= GPU_PROCESS_BYTES + w.total + cache + buffers
-    if all_on_gpu:
+    room = machine.gpu_bytes * (1 - MARGIN) - (GPU_PROCESS_BYTES + cache + buffers)
+    on_gpu = w.n_experts > 0 and room >= w.near
+    if room >= w.total + w.modules:
         smallest = smallest_budget(PROCESS_BYTES)
         if machine.ram_bytes < smallest:
             why_not = f"{mib(machine.ram_bytes)} for the process {mib(PROCESS_BYTES)}"
             return Fit(form, w, False, why_not, smallest, {}, 0.0)
-        gpu = {"process": GPU_PROCESS_BYTES, "weights": w.total, "cache": cache, "buffers": buffers}
+        gpu = {"process": GPU_PROCESS_BYTES, "weights": w.total + w.modules, "cache": cache, "buffers": buffers}
         places = {"GPU": gpu, "RAM": {"process": PROCESS_BYTES}}
         found = Fit(form, w, True, "", smallest, places, 1.0)
         return timed(found, config, machine, near="GPU memory", far="GPU memory", cache=cache)
@@ -288,11 +288,12 @@ def placed(
         return Fit(form, w, False, e.got, smallest, {}, 0.0)
     places = {"RAM": division.parts()}
     if on_gpu:
-        parts = {"process": GPU_PROCESS_BYTES, "always-on weights": w.near, "embedding": w.embedding}
+        parts = {"process": GPU_PROCESS_BYTES, "always-on weights": w.near}
         places = {"GPU": parts | {"cache": cache, "buffers": buffers}} | places
-    if far and not in_ram:
+    if on_gpu or (far and not in_ram):
         rest = w.n_experts - division.slots
-        places["disk"] = {f"{rest:,} experts": rest * w.expert} | ({} if on_gpu else {"embedding": w.embedding})
+        on_disk = {f"{rest:,} experts": rest * w.expert, "embedding": w.embedding}
+        places["disk"] = {name: n for name, n in on_disk.items() if n}
     rate = 1.0 if division.slots == w.n_experts else division.hit_rate if hit_rate is None else hit_rate
     found = Fit(form, w, True, "", smallest, places, rate)
     return timed(found, config, machine, near="GPU memory" if on_gpu else "RAM", far="RAM", cache=cache)

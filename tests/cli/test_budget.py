@@ -121,6 +121,29 @@ def test_a_cache_that_was_asked_for_is_not_made_smaller(parts):
         divided(parts, 110 * MIB, cache=20 * MIB)
 
 
+def test_what_a_gpu_has_no_room_for_is_refused(parts, monkeypatch):
+    def on_gpu(free: int):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**40))
+        return budget.division(parts, 300 * MIB, 20 * MIB, None, 100 * MIB, "cuda")
+
+    with pytest.raises(ResourceError, match="50MiB free on the GPU .* the cache 20MiB") as e:
+        on_gpu(50 * MIB)
+    assert "CUDA_VISIBLE_DEVICES=" in e.value.fix
+    smallest = int(e.value.expected.removeprefix("at least ").removesuffix("MiB")) * MIB
+    d, _, whole = on_gpu(smallest)
+    assert not whole and d.slots == d.n_experts and d.near == d.cache == d.buffers == 0
+    with pytest.raises(ResourceError, match="GPU"):
+        on_gpu(smallest - 1)
+
+
+def test_without_experts_all_of_a_model_is_on_the_gpu(parts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(budget, "check_gpu", lambda **each: asked.append(each["near"]))
+    dense = parts._replace(experts=[], module_bytes=MIB)
+    _, _, whole = budget.division(dense, 300 * MIB, 20 * MIB, None, 100 * MIB, "cuda")
+    assert whole and asked == [parts.near_bytes + parts.embedding_bytes + MIB]
+
+
 def resident(pid: int) -> int:
     try:
         found = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)

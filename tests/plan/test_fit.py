@@ -1,10 +1,12 @@
 """What fits where: bytes against the counts, speeds against hand arithmetic, and refusals that name what would work."""
 
 from dataclasses import replace
+from math import floor
 
 import pytest
 
 from shoal.errors import ResourceError
+from shoal.model.config import ModelConfig
 from shoal.model.counts import count_parameters
 from shoal.model.presets import PRESETS
 from shoal.plan import fit as plan
@@ -71,6 +73,35 @@ def test_a_card_holds_the_near_part_and_ram_the_experts():
     assert f.runs and f.places["GPU"]["always-on weights"] == f.weights.near
     assert "always-on weights" not in f.places["RAM"] and f.limit == "disk"
     assert f.seconds["bus"] < f.seconds["RAM"] < f.seconds["disk"]
+
+
+def on_card(config: ModelConfig, form: plan.Form, n_bytes: int) -> plan.Fit:
+    """In 1 TiB of RAM, beside a card with so many bytes for weights."""
+    taken = plan.GPU_PROCESS_BYTES + 4096 * cache_bytes_per_token(config)
+    taken += plan.buffer_bytes(config, 4096, few_bits=form != "bf16")
+    gpu_bytes = floor((taken + n_bytes) / (1 - plan.MARGIN)) + 1
+    return fit(config, form, Hardware(2**40, 50e9, 3e9, gpu_bytes, 900e9, 25e9), 4096)
+
+
+def test_beside_a_card_the_embedding_is_looked_up_on_the_disk():
+    w = weights(LITE, "int4")
+    f = on_card(LITE, "int4", w.near)
+    assert f.places["disk"] == {"embedding": w.embedding} and f.hit_rate == 1
+    assert f.places["GPU"]["always-on weights"] == w.near and "embedding" not in f.places["GPU"]
+    assert "GPU" not in on_card(LITE, "int4", w.near - 2**20).places
+
+
+def test_a_card_for_all_of_a_model_has_room_for_its_modules_too():
+    w = weights(V3, "fp8")
+    assert on_card(V3, "fp8", w.total + w.modules).places["GPU"]["weights"] == w.total + w.modules
+    assert "weights" not in on_card(V3, "fp8", w.total).places["GPU"]
+
+
+def test_without_experts_it_is_all_on_the_card_or_nothing():
+    config = PRESETS["r1-llama-8b"]
+    w = weights(config, "int8")
+    assert w.embedding and "GPU" not in on_card(config, "int8", w.near).places
+    assert "weights" in on_card(config, "int8", w.total).places["GPU"]
 
 
 @pytest.mark.parametrize("form", plan.FORMS)
