@@ -206,8 +206,7 @@ def show(
         elif args.weights:
             console.print(f"it does not run: {f.why_not}; the smallest RAM that works is {gib(f.smallest)}")
     if STORED in found and found[STORED].runs:
-        cache = max(parts.get("cache", 0) for parts in found[STORED].places.values())
-        console.print(f"run it so: shoal serve {folder} --memory {machine.ram_bytes >> 20}MiB --cache {mib(cache)}")
+        console.print(f"run it so: {command(folder, machine, found[STORED].places)}")
     if any(x.weights.n_experts and x.hit_rate < 1 and x.runs for x in found.values()):
         assumed = (
             "uniform: all experts chosen equally often" if args.hit_rate is None else f"given: {args.hit_rate:.0%}"
@@ -217,6 +216,14 @@ def show(
         print(f"--memory takes folders; first: shoal import {args.model} FOLDER --weights int8", file=sys.stderr)
     if not args.here:
         print("rates are a data sheet's or given; --here measures this machine's", file=sys.stderr)
+
+
+def command(folder: Path | None, machine: Hardware, places: Mapping[str, Mapping[str, int]]) -> str:
+    """That serves it as it was placed: a GPU that is there is taken unless it is hidden."""
+    on_cpu = "CUDA_VISIBLE_DEVICES= " if machine.gpu_bytes and "GPU" not in places else ""
+    within = "" if "weights" in places.get("GPU", {}) else f" --memory {machine.ram_bytes >> 20}MiB"
+    cache = max(parts.get("cache", 0) for parts in places.values())
+    return f"{on_cpu}shoal serve {folder}{within} --cache {mib(cache)}"
 
 
 def best(found: Mapping[str, Fit]) -> str:

@@ -86,6 +86,20 @@ def test_plan_fit_counts_a_folder_as_the_engine_divides_it(tmp_path, capsys, for
         budget.division(split.examine(path, torch.bfloat16), memory - MIB, cache, None, PROCESS_BYTES, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("gpu", "expected"),
+    [
+        ([], "shoal serve {} --memory 1024MiB --cache 1MiB"),
+        (["--gpu", "24GiB"], "shoal serve {} --cache 1MiB"),
+        (["--gpu", "1MiB"], "CUDA_VISIBLE_DEVICES= shoal serve {} --memory 1024MiB --cache 1MiB"),
+    ],
+)
+def test_the_command_that_plan_fit_prints_is_of_what_it_planned(parts, capsys, gpu, expected):
+    folder = parts.stored.files.folder
+    assert plan.main(["fit", str(folder), "--ram", "1GiB", "--threads", "1", *gpu]) == 0
+    assert f"run it so: {expected.format(folder)}\n" in capsys.readouterr().out
+
+
 def test_a_budget_that_holds_all_of_it_holds_all_of_it(parts):
     d, _, whole = divided(parts, 1000 * MIB)
     assert whole and d.hit_rate == 1 and d.near == parts.near_bytes + parts.embedding_bytes
