@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shoal.cli.opened import Opened, open_model, prepared
 from shoal.cli.sizes import size
 from shoal.errors import ResourceError
-from shoal.plan.fit import MARGIN, Division, buffer_bytes, divide, least_experts, mib, smallest_budget
+from shoal.plan.fit import MARGIN, Division, buffer_bytes, divide, least_experts, mib, rows_bytes, smallest_budget
 from shoal.plan.memory import gib
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def divided(
     buffers = buffer_bytes(config, context, bool(leaves(parts.model, parts.stored)), torch.get_num_threads())
     fixed = {"near": parts.near_bytes, "cache": cache, "buffers": buffers}
     whole = fixed | {"near": parts.near_bytes + parts.embedding_bytes + parts.module_bytes}
+    whole["buffers"] += rows_bytes(config) if parts.module_bytes else 0
     sizes = {"process": process, "expert": parts.slot_bytes, "n_experts": n}
     fits = here and process + sum(whole.values()) + n * parts.slot_bytes <= memory * (1 - MARGIN)
     if not here:

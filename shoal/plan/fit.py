@@ -97,6 +97,12 @@ def up_parameters(config: ModelConfig) -> int:
 
 def buffer_bytes(config: ModelConfig, context: int, few_bits: bool, threads: int = THREADS) -> int:
     """What the engine's calls work in: rows of activations, logits, and each thread's room."""
+    a_thread = attention_room(config, context) + (arranged_room(config) if few_bits else 0)
+    return rows_bytes(config) + LOGITS_BYTES + threads * a_thread
+
+
+def rows_bytes(config: ModelConfig) -> int:
+    """A call's rows of activations. A multi-token module that drafts has as many of its own."""
     a, m, d = config.attention, config.moe, config.dim
     if isinstance(a, MLAConfig):
         q, o = a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), a.n_heads * a.v_head_dim
@@ -107,8 +113,7 @@ def buffer_bytes(config: ModelConfig, context: int, few_bits: bool, threads: int
     if m:
         width += m.n_activated * (m.moe_dim + d) + m.n_shared_experts * m.moe_dim + d + 2 * m.n_routed_experts
         width += d + 2 * m.n_routed_experts + m.n_activated  # of the choice that is foretold
-    a_thread = attention_room(config, context) + (arranged_room(config) if few_bits else 0)
-    return ROWS * width * 2 + LOGITS_BYTES + threads * a_thread
+    return ROWS * width * 2
 
 
 def attention_room(config: ModelConfig, context: int) -> int:
@@ -276,12 +281,14 @@ def placed(
     far = bool(machine.disk_rate) and w.n_experts > 0
     fixed = sum(host[k] for k in ("near", "cache", "process", "buffers"))
     looked_up = 0 if on_gpu else w.embedding + w.modules
-    whole = smallest_budget(fixed + w.experts + looked_up)
+    drafter = rows_bytes(config) if w.modules and not on_gpu else 0
+    whole = smallest_budget(fixed + w.experts + looked_up + drafter)
     least = least_experts(config.moe) if far else w.n_experts
     smallest = smallest_budget(fixed + least * w.expert) if far else whole
     in_ram = whole <= machine.ram_bytes
     if in_ram or not far:
         host["near"] += looked_up
+        host["buffers"] += drafter
     try:
         division = divide(machine.ram_bytes, **host, least=least)
     except ResourceError as e:

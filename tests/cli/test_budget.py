@@ -17,7 +17,7 @@ from shoal.engine import split
 from shoal.engine.engine import LocalEngine
 from shoal.errors import ResourceError
 from shoal.model.config import MLAConfig, ModelConfig, MoEConfig
-from shoal.plan.fit import PROCESS_BYTES, Form
+from shoal.plan.fit import PROCESS_BYTES, Form, rows_bytes
 from shoal.plan.fit import weights as weights_of
 from shoal.precision import convert, weights
 from tests.engine import stored
@@ -103,6 +103,12 @@ def test_the_command_that_plan_fit_prints_is_of_what_it_planned(parts, capsys, g
 def test_a_budget_that_holds_all_of_it_holds_all_of_it(parts):
     d, _, whole = divided(parts, 1000 * MIB)
     assert whole and d.hit_rate == 1 and d.near == parts.near_bytes + parts.embedding_bytes
+
+
+def test_a_module_that_may_draft_has_rows_of_its_own(parts):
+    plain, _, _ = divided(parts, 1000 * MIB)
+    d, _, whole = divided(parts._replace(module_bytes=MIB), 1000 * MIB)
+    assert whole and d.near - plain.near == MIB and d.buffers - plain.buffers == rows_bytes(CONFIG)
 
 
 def test_a_budget_too_small_is_refused_with_the_smallest_that_works(parts):

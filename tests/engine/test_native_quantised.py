@@ -151,6 +151,16 @@ def test_a_threads_room_is_the_one_that_is_planned(config: ModelConfig, few_bits
     del held
 
 
+def test_rows_of_body_and_drafter_are_no_more_than_planned():
+    config = replace(LATENT, hidden_dim=256)
+    m = Transformer(config).init_weights(0).set_dtype(torch.bfloat16)
+    runner = Native(m, Cache(config, config.n_layers + 1, 8, torch.bfloat16, torch.device("cpu")))
+    assert runner._drafter
+    for p in (runner._body, runner._drafter[0]):
+        taken, planned = sum(rows.nbytes for rows in p._buffers.values()), fit.rows_bytes(config)
+        assert planned / 2 < taken <= planned
+
+
 def test_leaves_that_kernels_dont_read_are_not_taken():
     m, _ = built(GROUPED, "int8", 32)
     leaf = m.layers[0].get_submodule("ffn.down")

@@ -97,6 +97,12 @@ def test_a_card_for_all_of_a_model_has_room_for_its_modules_too():
     assert "weights" not in on_card(V3, "fp8", w.total).places["GPU"]
 
 
+def test_a_module_in_memory_has_rows_of_its_own():
+    machine = replace(LAPTOP, ram_bytes=2**40)
+    drafting, plain = (fit(config, "int4", machine, 4096) for config in (V3, replace(V3, n_mtp=0)))
+    assert drafting.places["RAM"]["buffers"] - plain.places["RAM"]["buffers"] == plan.rows_bytes(V3)
+
+
 def test_without_experts_it_is_all_on_the_card_or_nothing():
     config = PRESETS["r1-llama-8b"]
     w = weights(config, "int8")
