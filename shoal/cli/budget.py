@@ -88,14 +88,15 @@ def division(
     On a GPU lie near weights, cache and buffers, and all of a model without experts. Where no cache is asked for it has
     a share, or less where that is too much.
     """
-    from shoal.engine.cache import bytes_per_token
+    from shoal.engine.cache import bytes_per_token, page_fits
     from shoal.engine.pages import UNIT, units
 
     config = parts.model.config
     page = UNIT * bytes_per_token(config, config.n_layers, parts.model.embed.weight.dtype)
     tokens = min(context or config.max_positions, config.max_positions)
     if cache is not None:
-        return divided(parts, memory, max(cache, page), min(tokens, cache // page * UNIT), process, device)
+        page_fits(cache, page, "the cache")
+        return divided(parts, memory, cache, min(tokens, cache // page * UNIT), process, device)
     least, share = units(min(tokens, LEAST_CONTEXT)) * page, (memory - process - parts.near_bytes) // CACHE_SHARE
     wanted = max(least, min(units(tokens) * page, share // page * page))
     try:

@@ -139,6 +139,8 @@ def test_a_cache_that_was_asked_for_is_not_made_smaller(parts):
     assert cache == d.cache == 20 * MIB
     with pytest.raises(ResourceError, match="20MiB"):
         divided(parts, 110 * MIB, cache=20 * MIB)
+    with pytest.raises(ResourceError, match="9 bytes for the cache"):
+        divided(parts, 300 * MIB, cache=9)
 
 
 def test_what_a_gpu_has_no_room_for_is_refused(parts, monkeypatch):
