@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from rich.table import Table
 from shoal.cli.export import INT4_GROUP
 from shoal.cli.opened import model_folder
 from shoal.cli.sizes import rate, size
-from shoal.errors import ConfigError, ModelError
+from shoal.errors import ConfigError, ModelError, ResourceError
 from shoal.model.config import ModelConfig
 from shoal.model.gguf_config import is_gguf
 from shoal.model.presets import PRESETS
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     fits.add_argument("--disk", metavar="KIND|RATE", default="nvme", help="nvme, sata, hdd, none, or like 3GB/s")
     fits.add_argument("--ram-rate", metavar="RATE", help=f"default {RAM_RATE / 1e9:.0f}GB/s")
     fits.add_argument("--bus-rate", metavar="RATE", help=f"between GPU and RAM; default {BUS_RATE / 1e9:.0f}GB/s")
-    fits.add_argument("--here", action="store_true", help="measure this machine's RAM and disk, for three seconds")
+    fits.add_argument("--here", action="store_true", help="measure this machine's RAM and disk, for some seconds")
     fits.add_argument("--context", type=int, default=4096, metavar="N", help="tokens in the cache; default 4096")
     fits.add_argument(
         "--threads", type=int, default=physical_cores(), metavar="N", help="default: one a core of this machine"
@@ -162,15 +163,22 @@ def card(asked: str) -> tuple[int, float]:
 
 
 def measured_disk(folder: Path | None) -> float:
-    """On the model's largest file where it is here; else on a file of our own, in the working directory."""
+    """On the model's largest file where it is here; else on a file of our own, in the working directory. Raises
+    ResourceError where there can be none."""
     files = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size) if folder else []
     if files:
         return disk_bytes_per_s(files[-1])
-    with tempfile.NamedTemporaryFile(dir=".", prefix=".shoal-disk-") as scratch:
-        for _ in range(SCRATCH_BYTES >> 22):
-            scratch.write(bytes(1 << 22))
-        scratch.flush()
-        return disk_bytes_per_s(Path(scratch.name))
+    try:
+        with tempfile.NamedTemporaryFile(dir=".", prefix=".shoal-disk-") as scratch:
+            for _ in range(SCRATCH_BYTES >> 22):
+                scratch.write(os.urandom(1 << 22))  # zeros need not be stored
+            scratch.flush()
+            os.fsync(scratch.fileno())  # or it is being written while it is read
+            return disk_bytes_per_s(Path(scratch.name))
+    except OSError as e:
+        got = f"the working directory takes no file to measure the disk on: {e.strerror}"
+        fix = "go to another folder, or give --disk a rate"
+        raise ResourceError(got, f"room for {gib(SCRATCH_BYTES)}", fix) from None
 
 
 def plain(f: Fit) -> dict:

@@ -1,11 +1,12 @@
 """`shoal plan fit`: models by any of their names, machines by what people know of them."""
 
 import json
+import os
 
 import pytest
 
 from shoal.cli import plan
-from shoal.errors import ConfigError, ModelError
+from shoal.errors import ConfigError, ModelError, ResourceError
 from shoal.model.hf_config import to_hf_config
 from shoal.model.presets import PRESETS
 
@@ -61,6 +62,26 @@ def test_a_model_in_the_cards_memory_needs_ram_for_its_process(capsys):
 def test_what_does_not_run_names_the_smallest_memory_that_works(capsys):
     assert plan.main(["fit", "r1-llama-70b", "--ram", "8GiB", "--weights", "int4", "--threads", "8"]) == 3
     assert "smallest RAM that works is 39.78" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_the_disk_is_measured_on_what_is_stored_there(tmp_path, monkeypatch):
+    synced, read = [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "SCRATCH_BYTES", 1 << 22)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    monkeypatch.setattr(plan, "disk_bytes_per_s", lambda path: read.append(path.read_bytes()) or 1e9)
+    assert plan.measured_disk(None) == 1e9
+    assert synced and len(read[0]) == 1 << 22 and len(set(read[0])) == 256
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_takes_no_file_is_no_place_to_measure_the_disk(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ResourceError, match="--disk"):
+        plan.measured_disk(None)
 
 
 @pytest.mark.parametrize("argv", [["no-such-model"], ["v2"], ["."], ["/tmp"]])
