@@ -156,6 +156,7 @@ class Calibration:
             next(self._layers)
         return self._made[piece.name]
 
+    @torch.inference_mode()
     def _each_layer(self, tokens_WT: Tensor) -> Iterator[None]:
         h_WTD = self.walk.embed(tokens_WT)
         for i in range(self.walk.config.n_layers):
@@ -166,11 +167,11 @@ class Calibration:
             module = self.walk.read(f"mtp.{k}")
             assert isinstance(module, MTP)
             tokens_WT, h_WTD = tokens_WT[:, 1:], h_WTD[:, :-1]
-            both = [module.embed_norm(self.walk.embed(tokens_WT)), module.hidden_norm(h_WTD)]
-            h_WTD = module.norm(self._layer(f"mtp.{k}.block", module.block, module.proj(torch.cat(both, -1))))
+            e_WTD = module.embed_norm(self.walk.embed(tokens_WT))
+            h_WTD = module.proj(torch.cat([e_WTD, module.hidden_norm(h_WTD)], -1))
+            h_WTD = module.norm(self._layer(f"mtp.{k}.block", module.block, h_WTD))
             yield
 
-    @torch.inference_mode()
     def _layer(self, name: str, block: nn.Module, h_WTD: Tensor) -> Tensor:
         """Make its matrices; what it makes of the hidden states with them."""
         assert isinstance(block, Block)

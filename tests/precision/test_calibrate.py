@@ -91,6 +91,12 @@ def test_a_model_loses_less_and_the_same_every_time(plain, tmp_path):
     assert ours.kl < 0.75 * nearest.kl
 
 
+def test_hidden_states_are_held_by_no_graph(plain, monkeypatch):
+    calibration, graphs = Calibration(plain, TOKENS, 32), []
+    monkeypatch.setattr(calibration, "_layer", lambda name, block, h: graphs.append(h.requires_grad) or h)
+    assert len(list(calibration._layers)) == PRESETS["tiny"].n_layers + 1 and not any(graphs)
+
+
 def test_quality_is_what_whole_models_say(plain, tmp_path):
     convert.write(convert.Source(plain), tmp_path / "out", "int8", None)
     found = quality.compare(tmp_path / "out", plain, TOKENS, 1000)
