@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LIBRARY, NONE = "library", "none"
 WINDOW = 512  # tokens of a document, as calibration and report read them
+STATES = 5  # of a token, at most, in memory at once
 
 
 def main(argv: list[str]) -> int:
@@ -111,10 +112,12 @@ def windows(source: Path, text: "list[int] | np.ndarray", tokens: int, name: str
 
 
 def check_states(tokens: int, dim: int) -> None:
-    """What a layer takes and gives, fp32 [tokens, dim] each, must fit into memory. Raises ResourceError."""
+    """The states that stand side by side, fp32 [tokens, dim] each, must fit into memory. At most they are STATES: the
+    report has what a layer of either model takes, what one gave, and what the other gives, in parts and put together;
+    calibration as many before a multi-token module. Raises ResourceError."""
     from shoal import runtime
 
-    a_token, free = 2 * 4 * dim, runtime.free_bytes()
+    a_token, free = STATES * 4 * dim, runtime.free_bytes()
     if tokens * a_token > free:
         got = f"hidden states of {tokens:,} tokens need {gib(tokens * a_token)}, {gib(free)} are free"
         raise ResourceError(got, "a text whose states fit in memory", "ask for fewer --tokens; 16384 do")

@@ -122,10 +122,10 @@ def test_settings_that_do_not_go_together(folder, tmp_path, flags, error):
 def test_a_text_whose_states_do_not_fit_in_memory_is_refused(folder, tmp_path, monkeypatch):
     text = tmp_path / "text"
     text.write_text(TEXT * 4)
-    monkeypatch.setattr("shoal.runtime.free_bytes", lambda: 512 * 64 * 8 - 1)  # a window's, less a byte
+    monkeypatch.setattr("shoal.runtime.free_bytes", lambda: 512 * 64 * 20 - 1)  # a window's, less a byte
     with pytest.raises(ResourceError, match="512 tokens"):
         quantize.calibration(folder, str(text), 512, 64, None)
-    monkeypatch.setattr("shoal.runtime.free_bytes", lambda: 512 * 64 * 8)
+    monkeypatch.setattr("shoal.runtime.free_bytes", lambda: 512 * 64 * 20)
     assert quantize.calibration(folder, str(text), 512, 64, None)
 
 
