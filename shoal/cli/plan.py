@@ -224,6 +224,11 @@ def show(
         print(f"--memory takes folders; first: shoal import {args.model} FOLDER --weights int8", file=sys.stderr)
     if not args.here:
         print("rates are a data sheet's or given; --here measures this machine's", file=sys.stderr)
+        return
+    from shoal.ops import cpu
+
+    if not cpu.status().startswith("native"):
+        print(f"kernels here: {cpu.status()}; tokens/s are those of native ones", file=sys.stderr)
 
 
 def command(folder: Path | None, machine: Hardware, places: Mapping[str, Mapping[str, int]]) -> str:

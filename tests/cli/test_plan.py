@@ -75,6 +75,15 @@ def test_the_disk_is_measured_on_what_is_stored_there(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_machine_without_native_kernels_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "read_bytes_per_s", lambda: 25e9)
+    flags = ["fit", "tiny", "--weights", "bf16", "--disk", "none", "--here"]
+    for status, told in (("reference (this processor lacks avx512_bf16)", True), ("native kernels", False)):
+        monkeypatch.setattr("shoal.ops.cpu.status", lambda status=status: status)
+        assert plan.main(flags) == 0
+        assert (status in capsys.readouterr().err) == told
+
+
 def test_a_folder_that_takes_no_file_is_no_place_to_measure_the_disk(tmp_path, monkeypatch):
     gone = tmp_path / "gone"
     gone.mkdir()
