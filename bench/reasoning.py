@@ -83,5 +83,5 @@ def solved(model: Path | str, items: int, samples: int, budgets: str = "free", t
         )
         if done.returncode:
             raise TrainingFailed(f"exit code {done.returncode}:\n{done.stderr[-1500:]}")
-        lines = (Path(folder) / "tasks.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (Path(folder) / "tasks.jsonl").read_bytes().split(b"\n")[:-1]
         return Solved(json.loads((Path(folder) / "tasks.json").read_text()), [json.loads(line) for line in lines])

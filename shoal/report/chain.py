@@ -124,8 +124,8 @@ def attempts(path: Path, problems: list[str]) -> dict[int, list[dict[str, Any]]]
     """Those without a budget, by item."""
     found: dict[int, list[dict[str, Any]]] = {}
     try:
-        lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines]
+        lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else []
+        rows = [json.loads(line) for line in lines if line]
     except (OSError, ValueError, RecursionError):
         problems.append(f"{path.name} of {path.parent.parent.name} is damaged and was left out")
         rows = []

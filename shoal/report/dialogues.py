@@ -68,7 +68,7 @@ def ends(run: Path, most: int = 2) -> list[Dialogue]:
         file.seek(max(0, file.seek(0, 2) - END_BYTES))
         tail = file.read()
     parts = [
-        [d for line in part.decode("utf-8", "replace").splitlines() if (d := dialogue(line))] for part in (head, tail)
+        [d for line in part.decode("utf-8", "replace").split("\n") if (d := dialogue(line))] for part in (head, tail)
     ]
     steps = [[d.step for d in part if d.step is not None] for part in parts]
     if not all(steps):

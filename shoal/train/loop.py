@@ -154,8 +154,8 @@ def keep_evidence(
 def forget_evidence(path: Path, step: int) -> None:
     """Drop the lines of a JSONL that are past `step`, which a resumed run meets again, and one torn by a kill."""
     if path.exists():
-        whole = path.read_text("utf-8").splitlines(keepends=True)
-        kept = [line for line in whole if line.endswith("\n") and json.loads(line)["step"] <= step]
+        whole = path.read_bytes().split(b"\n")[:-1]  # what str.splitlines also cuts at may stand in a text
+        kept = [line.decode() + "\n" for line in whole if json.loads(line)["step"] <= step]
         replace_text(path, "".join(kept))
 
 

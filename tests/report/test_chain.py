@@ -43,6 +43,14 @@ def test_a_gain_that_chance_could_make_is_called_none(run):
     assert "no gain that these problems could show" in said(run)
 
 
+def test_a_line_is_what_ends_at_its_end_whatever_marks_are_in_it(run):
+    path, problems = run / "stages/6_r1/evals/problems.jsonl", []
+    lines = [json.loads(line) | {"said": "a\u2028b\u2029c\x85d"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    found = chain.attempts(path, problems)
+    assert sum(map(len, found.values())) == len(lines) / 2 and not problems
+
+
 def test_before_all_stages_are_done_it_says_so(run):
     table = json.loads((run / "pipeline.json").read_text())
     put(run / "pipeline.json", {"stages": [table["stages"][0] | {"state": "running"}]})

@@ -57,6 +57,12 @@ def test_answers_of_the_first_and_of_the_last_step(run):
     assert "17 + 48 = 65" in (run / "report.md").read_text("utf-8")
 
 
+def test_an_answer_may_hold_any_mark(run):
+    line = {"step": 1, "index": 9, "sample": 0, "prompt": "?", "text": "a\u2028b\u2029c\x85d"}
+    (run / "samples/rollouts.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8")
+    assert [d.said or d.thinking for d in ends(run)] == [line["text"]]
+
+
 @pytest.mark.parametrize("damage", ["", "{", '{"step": 1, "prompt": 3}', "\x00\n[]"])
 def test_damaged_rollouts_leave_a_page(run, damage):
     (run / "samples/rollouts.jsonl").write_text(damage)

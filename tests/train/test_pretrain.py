@@ -162,6 +162,14 @@ def test_the_step_that_ends_a_run_is_on_record_and_a_resumed_run_repeats_no_evid
         assert kept[1]["samples"] == [8, 9]
 
 
+def test_evidence_ends_at_line_ends_alone_wherever_a_kill_tore_it(tmp_path):
+    path, text = tmp_path / "rollouts.jsonl", "a\u2028b\u2029c\x85d"
+    lines = [json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n" for step in (1, 2)]
+    path.write_bytes("".join(lines).encode() + '{"step": 1, "text": "…'.encode()[:-1])
+    loop.forget_evidence(path, 1)
+    assert path.read_text("utf-8") == lines[0]
+
+
 @pytest.mark.slow
 def test_a_fresh_run_starts_from_the_table(corpus):
     config = replace(TINY, init=InitConfig(embed_std=1.0, out_std=0.0, pair_steps=40, look_back=8.0))
