@@ -40,7 +40,6 @@ from shoal.train.loop import Clock
 from shoal.train.step import StepResult, TrainState, train_step
 from shoal.train.stop import Stop
 
-PROMPT_TOKENS = 256  # that the engine's cache has room for beside each answer
 KEPT_GROUPS = 2  # of a step, written down token by token for `shoal samples`
 SAMPLES, JUDGED = "rollouts.jsonl", "judged.jsonl"
 
@@ -143,7 +142,7 @@ def cache_bytes(config: RLConfig, model: Transformer) -> int:
 
 def longest(config: RLConfig) -> int:
     """Tokens of a prompt and its answer, in whole units of the cache."""
-    return units(PROMPT_TOKENS + config.rollout.max_tokens) * UNIT
+    return units(config.rollout.prompt_tokens + config.rollout.max_tokens) * UNIT
 
 
 def largest(config: RLConfig, model: Transformer) -> PretrainConfig:

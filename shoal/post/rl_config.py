@@ -22,6 +22,7 @@ from shoal.train.config import (
 class RolloutConfig:
     """A step sees `prompts` prompts with `group` answers each, of at most `max_tokens`, drawn at temperature 1.
 
+    Prompts of more than `prompt_tokens` are passed over: the engine's cache has room for so many beside each answer.
     `slice` bounds how many tokens of an answer one step draws; longer ones are carried over and finished by the next
     weights. None: answers are finished in their step, and a variant that wants them gets `refills`.
     """
@@ -29,12 +30,13 @@ class RolloutConfig:
     prompts: int = 32
     group: int = 16
     max_tokens: int = 128
+    prompt_tokens: int = 256
     slice: int | None = None
     refills: int = 2  # rounds of further prompts in place of groups that teach nothing
 
     def __post_init__(self):
-        require(self, "rollout.", prompts=AT_LEAST_ONE, max_tokens=AT_LEAST_ONE, slice=AT_LEAST_ONE)
-        require(self, "rollout.", refills=NOT_NEGATIVE)
+        require(self, "rollout.", prompts=AT_LEAST_ONE, max_tokens=AT_LEAST_ONE, prompt_tokens=AT_LEAST_ONE)
+        require(self, "rollout.", slice=AT_LEAST_ONE, refills=NOT_NEGATIVE)
         if self.group < 2:
             got = f"rollout.group = {self.group}"
             raise ConfigError(got, "2 or more: an answer is judged beside others", "set --rollout.group 16")

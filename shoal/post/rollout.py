@@ -4,12 +4,14 @@
 
 Every token is stamped with the version of the weights that drew it. With `slice`, a step draws at most so many tokens
 of an answer, so that nobody waits for the longest; what isn't finished is gone on with by the next weights (partial
-rollouts). A group is handed out when all of its answers are finished: whole, once, in the order they were begun.
+rollouts). A group is handed out when all of its answers are finished: whole, once, in the order they were begun. A
+prompt that is too long for an answer beside it is passed over.
 
 All of it follows from seed, index and weights: a draw depends on its stream's seed and position alone, so a resumed run
 draws what the uninterrupted one drew. `state` holds all there is to remember.
 """
 
+import logging
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,9 +26,13 @@ from shoal.data.tokenizer import ANSWER_END, BOS, Tokenizer
 from shoal.engine.engine import LocalEngine
 from shoal.engine.gather import silent
 from shoal.engine.request import Request, Sampling
-from shoal.errors import TrainingError
+from shoal.errors import ConfigError, TrainingError
 from shoal.post.rl_config import RolloutConfig
 from shoal.tasks.task import Item, Outcome
+
+log = logging.getLogger(__name__)
+
+MOST_PASSED_OVER = 1000  # prompts in a row
 
 
 @dataclass
@@ -85,7 +91,11 @@ class Rollouts:
 
     def collect(self, n: int) -> list[Group]:
         """`n` finished groups. With `slice`, about n a step: those that are finished after the next slice of all."""
-        self.pending += [self._begun() for _ in range(n if self.config.slice else n - len(self.pending))]
+        first = self.next_index
+        begun = [self._begun() for _ in range(n if self.config.slice else n - len(self.pending))]
+        if passed := sorted({*range(first, self.next_index)} - {group.index for group in begun}):
+            log.warning("prompts %s leave no room for an answer and are passed over", ", ".join(map(str, passed)))
+        self.pending += begun
         while True:
             self._draw([s for group in self.pending for s in group.samples if not s.finish])
             if done := [group for group in self.pending if group.finished]:
@@ -93,11 +103,17 @@ class Rollouts:
                 return done
 
     def _begun(self) -> Group:
-        index = self.next_index
-        self.next_index += 1
-        item = self.draw(index)
-        samples = [Sample(mix(self.seed, index, number)) for number in range(self.config.group)]
-        return Group(index, item, self.prompt_of(item), samples)
+        """The next prompt that leaves room for an answer. Raises ConfigError where none is near."""
+        room = min(self.config.prompt_tokens, self.engine.context - self.config.max_tokens)
+        for index in range(self.next_index, self.next_index + MOST_PASSED_OVER):
+            item = self.draw(index)
+            if len(prompt := self.prompt_of(item)) <= room:
+                self.next_index = index + 1
+                samples = [Sample(mix(self.seed, index, number)) for number in range(self.config.group)]
+                return Group(index, item, prompt, samples)
+        got = f"{MOST_PASSED_OVER:,} prompts in a row of more than {room} tokens"
+        fix = "raise --rollout.prompt_tokens, or lower --rollout.max_tokens where the model's context is what is short"
+        raise ConfigError(got, "prompts that leave room for an answer", fix)
 
     def prompt_of(self, item: Item) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode_pieces((BOS, *question(item.prompt))))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shoal.errors import ResourceError, TrainingError
+from shoal.errors import ConfigError, ResourceError, TrainingError
 from shoal.plan import memory
-from shoal.post import rl
+from shoal.post import rl, rollout
 from shoal.post.rewards import RewardConfig
 from shoal.post.rl import reinforce
 from shoal.post.rl_config import JudgeConfig, PolicyConfig, RLConfig, RolloutConfig
@@ -133,6 +133,32 @@ def test_a_run_goes_on_to_the_bit_with_answers_under_way(tmp_path, sliced, monke
     assert samples(whole) == samples(again)
     assert max(whole.series("rl/kl")[1]) > 0
     assert (0 < max(whole.series("rl/stale")[1]) < 1) == bool(sliced)
+
+
+def longer(long: int):
+    """Every so many prompts there is one that is too long."""
+
+    class Longer(rl.Rollouts):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            own = self.draw
+            self.draw = lambda index: replace(own(index), prompt=own(index).prompt * (1 if index % long else 99))
+
+    return Longer
+
+
+def test_prompts_without_room_for_an_answer_are_passed_over(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(rl, "Rollouts", longer(2))
+    run, state = trained(tmp_path / "run", replace(CONFIG, steps=2))
+    assert {line["index"] % 2 for line in samples(run)} == {1}
+    assert state.counters.stage["rollouts"]["next_index"] == 12 and "prompts 0, 2, 4 leave no room" in caplog.text
+
+
+def test_nothing_but_long_prompts_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "Rollouts", longer(1))
+    monkeypatch.setattr(rollout, "MOST_PASSED_OVER", 9)
+    with pytest.raises(ConfigError, match="raise --rollout.prompt_tokens"):
+        trained(tmp_path / "run")
 
 
 @pytest.mark.parametrize("every, drawn", [(1, False), (9, True)])
