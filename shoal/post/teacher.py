@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from shoal.data.chat import Chat, Message
 from shoal.data.tokenizer import Tokenizer
+from shoal.engine import native
 from shoal.engine.engine import LocalEngine
 from shoal.engine.gather import Result
 from shoal.engine.request import Request, Sampling, Step, Token
@@ -53,7 +54,8 @@ class Teacher(Protocol):
 
 
 class LocalTeacher:
-    """A model here. Draws depend on prompt and sample number alone."""
+    """A model here. An answer depends on prompt and sample number alone; but for rounding, where the engine's native
+    program doesn't take the model."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, folder: Path, sampling: SamplingConfig,
@@ -73,7 +75,8 @@ class LocalTeacher:
 
     def ask(self, wanted: Sequence[Wanted]) -> Generator[Answer, None, None]:
         """Raises ModelError where the model's numbers aren't finite, ConfigError for a prompt beyond its context."""
-        with closing(self.chat), closing(LocalEngine(self.model, unchanged=self.unchanged)) as engine:
+        made = LocalEngine(self.model, deterministic=native.takes(self.model), unchanged=self.unchanged)
+        with closing(self.chat), closing(made) as engine:
             done: SimpleQueue[tuple[Wanted, Request, Result]] = SimpleQueue()
             for one in wanted:
                 engine.submit(self.request(one, engine.context, done))

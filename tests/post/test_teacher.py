@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from shoal.engine.engine import LocalEngine
 from shoal.errors import ConfigError, DataError, ResourceError, RunError
 from shoal.post import teacher as module
 from shoal.post.answers import Answer, Answers, parted
@@ -134,6 +136,19 @@ def test_a_model_here_is_a_teacher(folder):
     again = sorted(teacher.ask(wanted[::-1]), key=lambda a: wanted.index((a.prompt, a.sample)))
     assert [a.completion_tokens for a in again] == [a.completion_tokens for a in found]
     assert LocalTeacher(model(), tokenizer(), folder, SAMPLING).name == teacher.name
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_answers_here_depend_on_nobody_beside_them_where_that_is_cheap(folder, monkeypatch, takes):
+    class Engine(LocalEngine):
+        def __init__(self, *args, deterministic: bool, **more):
+            asked.append(deterministic)
+            super().__init__(*args, **more)
+
+    asked: list[bool] = []
+    monkeypatch.setattr(module, "LocalEngine", Engine)
+    monkeypatch.setattr(module, "native", SimpleNamespace(takes=lambda model: takes))
+    assert len(list(LocalTeacher(model(), tokenizer(), folder, SAMPLING).ask([("?", 0)]))) == 1 and asked == [takes]
 
 
 @pytest.mark.parametrize(
