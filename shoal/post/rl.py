@@ -264,13 +264,13 @@ def preferred(stage: Stage, groups: Sequence[Group]) -> list[list[float]]:
 def update(stage: Stage, groups: Sequence[Group], rewards_SG: Tensor) -> tuple[list[StepResult], list[Objective]]:
     """The updates of one step, on the answers whose groups teach something. None of them: no update."""
     c, state, p = stage.config, stage.state, stage.config.policy
+    refer(stage)
     if not len(groups) or not bool(grpo.teaches(rewards_SG).any()):
         state.count_idle()
         return [], []
     answers = judged(groups, rewards_SG, grpo.VARIANTS[p.variant], c.rollout.max_tokens)
     parts = [answers[k :: p.minibatches] for k in range(min(p.minibatches, len(answers)))]
     made = [list(policy.packed(part, stage.rollouts.version, p.micro_tokens)) for part in parts]
-    refer(stage)
     references = [[policy.scored(stage.reference, r) if stage.reference else None for r in part] for part in made]
     several = len(made) > 1
     old = [[policy.scored(state.model, r, p.replay_routes) if several else None for r in part] for part in made]

@@ -169,6 +169,20 @@ def test_a_renewed_reference_draws_nowhere(tmp_path, every, drawn):
     assert (run.series("rl/kl")[1][-1] > 1e-9) == drawn
 
 
+def test_a_reference_is_renewed_by_a_step_that_teaches_nothing(tmp_path, monkeypatch):
+    def taught(stage, clock):
+        if stage.iteration:
+            monkeypatch.setattr(rl, "reward", lambda *_: 1.0)
+        return own(stage, clock)
+
+    own = rl.iterate
+    monkeypatch.setattr(rl, "iterate", taught)
+    config = replace(CONFIG, steps=2, policy=replace(CONFIG.policy, kl_weight=0.1, reference_steps=1))
+    _, state = trained(tmp_path / "run", config)
+    assert state.counters.updates == 1
+    assert all(torch.equal(state.stage[name], t) for name, t in state.model.state_dict().items())
+
+
 def test_another_models_answers_end_the_run(tmp_path, monkeypatch):
     own = rl.engine_for
     monkeypatch.setattr(rl, "engine_for", lambda config, m: own(config, model(seed=7)))
