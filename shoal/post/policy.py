@@ -243,6 +243,10 @@ class Objective:
         self.found: list[tuple[grpo.Surrogate, Tensor, Rollout]] = []
         self.flips = 0  # tokens whose experts the trainer would have chosen otherwise, over layers
 
+    @property
+    def batches(self) -> list[Batch]:
+        return [rollout.batch for rollout, _, _ in self.known.values()]
+
     def attend(self, batch: Batch) -> Branching:
         return self.known[batch.ids][0].attend
 

@@ -55,6 +55,7 @@ class Stage:
     curriculum: Curriculum
     graders: Graders
     taste: judge.Preference
+    say: Callable[[str], None] = lambda words: None
     reference: Transformer | None = None
     iteration: int = 0
     scores: list[float | None] = field(default_factory=list)  # what the judge said of this step's answers
@@ -89,7 +90,7 @@ def reinforce(
         Graders() as graders,
         taste,
     ):
-        stage = begun(config, run, state, engine, tokenizer, tasks, graders, taste)
+        stage = begun(config, run, state, engine, tokenizer, tasks, graders, taste, say)
         clock, saved, silent = loop.begin(state, planned_steps or 100), state.counters.step, False
         while loop.steps_left(state) and not stop.asked:
             metrics = iterate(stage, clock)
@@ -162,6 +163,7 @@ def begun(
     tasks: Sequence[Task],
     graders: Graders,
     taste: judge.Preference,
+    say: Callable[[str], None] = lambda words: None,
 ) -> Stage:
     by_name = {task.name: task for task in tasks}
     curriculum = Curriculum(tasks, config.levels, even=not config.curriculum)
@@ -174,7 +176,7 @@ def begun(
         return item(index, *curriculum.choose(seed, index))
 
     rollouts = Rollouts(engine, tokenizer, config.rollout, seed, next_item, routes=config.policy.replay_routes)
-    stage = Stage(config, run, state, rollouts, curriculum, graders, taste)
+    stage = Stage(config, run, state, rollouts, curriculum, graders, taste, say)
     if saved := state.counters.stage:
         stage.iteration = saved["iteration"]
         curriculum.load(saved["curriculum"])
@@ -197,8 +199,11 @@ def iterate(stage: Stage, clock: Clock) -> dict[str, float]:
     stage.iteration += 1
     stage.rollouts.synchronise(state.counters.updates)
     clock.stepped()
-    for result in results:
-        loop.stop_after_too_many_skips(state, result)
+    for result, objective in zip(results, objectives, strict=True):
+        if result.skipped:
+            loop.keep_evidence(state, stage.run, objective.batches, result, stage.say)
+    if results:
+        loop.stop_after_too_many_skips(state, results[-1])
     metrics = measured(stage, seen, results, objectives) | {
         "rl/stale": 1 - sum(fresh) / max(1, len(fresh)),
         "time/rollout": drawn - began,
@@ -344,6 +349,7 @@ def measured(
     if results:
         last = results[-1]
         metrics |= {"train/loss": last.loss, "train/grad_norm": last.grad_norm, "train/lr": last.lr}
+        metrics["train/skipped"] = sum(result.skipped is not None for result in results)
         if last.mtp_loss is not None:
             metrics["train/mtp_loss"] = last.mtp_loss
         if last.loads_LE is not None:

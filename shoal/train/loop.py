@@ -144,11 +144,11 @@ def peak_gib(device: torch.device) -> float:
 def keep_evidence(
     state: TrainState, run: Run, batches: Sequence[Batch], result: StepResult, say: Callable[[str], None]
 ) -> None:
-    """Write down which samples a skipped step saw, so that it can be replayed."""
+    """Write down which samples a skipped step saw, so that it can be replayed: of reinforcement the answers' seeds."""
     step, ids = state.counters.step, [i for b in batches for i in b.ids]
     with open(run.logs / SKIPPED, "a") as file:
         file.write(json.dumps({"step": step, "samples": ids, "why": result.skipped}) + "\n")
-    say(f"step {step} skipped: {result.skipped}; samples {ids[0]}–{ids[-1]} are kept in logs/{SKIPPED}")
+    say(f"step {step} skipped: {result.skipped}; its {len(ids):,} samples are named in logs/{SKIPPED}")
 
 
 def forget_evidence(path: Path, step: int) -> None:

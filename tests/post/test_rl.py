@@ -20,8 +20,8 @@ from shoal.recipes import _plan, _reinforce
 from shoal.recipes._teller import Teller
 from shoal.run import Run
 from shoal.tasks.catalog import resolve
-from shoal.train.config import CheckpointConfig, OptimConfig
-from shoal.train.loop import steps_left
+from shoal.train.config import CheckpointConfig, OptimConfig, SafetyConfig
+from shoal.train.loop import SKIPPED, steps_left
 from tests.post.talks import model, tokenizer
 
 TASKS = resolve("addition,chain_sum")
@@ -202,6 +202,19 @@ def test_groups_that_teach_nothing_make_no_update(tmp_path, monkeypatch):
     run, state = trained(tmp_path / "run", replace(CONFIG, steps=2))
     assert state.counters.step == 2 and state.counters.updates == 0 and run.series("rl/teaching")[1] == [0, 0]
     assert all(torch.equal(before[name], p) for name, p in state.model.state_dict().items())
+
+
+def test_a_skipped_update_is_told_of_and_its_answers_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("shoal.train.step.fault", lambda state, loss, norm: "a spike")
+    heard: list[str] = []
+    config = replace(CONFIG, policy=replace(CONFIG.policy, minibatches=2), safety=SafetyConfig(most_skips=4))
+    config = replace(config, checkpoint=CheckpointConfig(minutes=9))
+    with pytest.raises(TrainingError, match="4 steps in a row were skipped, the last because of a spike"):
+        trained(tmp_path / "run", config, say=heard.append)
+    run = Run.open(tmp_path / "run")
+    kept = [json.loads(line) for line in (run.logs / SKIPPED).read_text().splitlines()]
+    assert run.series("train/skipped") == ([2], [2]) and [line["step"] for line in kept] == [2, 2, 4, 4]
+    assert all(line["samples"] and line["why"] == "a spike" for line in kept) and len(heard) == 4
 
 
 def test_a_failed_grader_is_no_evidence(tmp_path, monkeypatch):
