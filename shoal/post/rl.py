@@ -366,15 +366,16 @@ def measured(
 def write_samples(stage: Stage, groups: Sequence[Group], rewards_SG: Tensor, objectives: Sequence[Objective]) -> None:
     """The first groups of a step, token by token."""
     ratios = {seed: row for o in objectives for seed, row in o.ratios().items()}
-    mean_S = rewards_SG.mean(1).tolist() if len(groups) else []
+    variant = grpo.VARIANTS[stage.config.policy.variant]
+    advantages_SG = grpo.advantages(rewards_SG, variant.by_std).tolist() if len(groups) else []
     with open(stage.run.samples / SAMPLES, "a", encoding="utf-8") as file:
-        for g, mean in list(zip(groups, mean_S))[:KEPT_GROUPS]:
-            for number, s in enumerate(g.samples):
+        for g, its in list(zip(groups, advantages_SG))[:KEPT_GROUPS]:
+            for number, (s, advantage) in enumerate(zip(g.samples, its)):
                 line = {
                     "step": stage.state.counters.step, "index": g.index, "sample": number, "task": g.item.task,
                     "level": g.item.level, "prompt": g.item.prompt, "expected": g.item.answer,
                     "text": s.text, "outcome": s.outcome, "reward": s.reward,
-                    "advantage": s.reward - mean, "finish": s.finish, "versions": sorted(set(s.versions)),
+                    "advantage": advantage, "finish": s.finish, "versions": sorted(set(s.versions)),
                     "tokens": [stage.rollouts.tokenizer.decode([t], True) for t in s.tokens],
                     "logprobs": [round(p, 4) for p in s.logprobs],
                     "ratios": [round(x, 4) for x in ratios.get(s.seed, [])],

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from shoal.errors import ConfigError, ResourceError, TrainingError
 from shoal.plan import memory
-from shoal.post import rl, rollout
+from shoal.post import grpo, rl, rollout
 from shoal.post.rewards import RewardConfig
 from shoal.post.rl import reinforce
 from shoal.post.rl_config import JudgeConfig, PolicyConfig, RLConfig, RolloutConfig
@@ -244,6 +244,16 @@ def test_samples_are_written_token_by_token(tmp_path):
     for line in lines:
         assert len(line["tokens"]) == len(line["logprobs"]) <= 8 and line["step"] == 1
         assert not line["ratios"] or all(abs(r - 1) < 1e-3 for r in line["ratios"])
+
+
+@pytest.mark.parametrize("variant", ["dr_grpo", "gspo"])
+def test_samples_have_the_advantages_that_are_learnt_from(tmp_path, variant):
+    config = replace(CONFIG, steps=1, policy=replace(CONFIG.policy, variant=variant))
+    lines = samples(trained(tmp_path / "run", config)[0])
+    rewards_SG = torch.tensor([line["reward"] for line in lines]).reshape(-1, config.rollout.group)
+    expected_SG = grpo.advantages(rewards_SG, grpo.VARIANTS[variant].by_std)
+    assert [line["advantage"] for line in lines] == pytest.approx(expected_SG.flatten().tolist())
+    assert rewards_SG.unique().numel() > 1
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_begins(tmp_path, monkeypatch):
