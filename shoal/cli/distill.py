@@ -13,7 +13,7 @@ with the same vocabulary, judges every token.
 Settings are layered as in `shoal pretrain`: the recipe (distill), then each -c file, then flags. `--print-config`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from shoal.data.tokenizer import Tokenizer
     from shoal.model.transformer import Transformer
     from shoal.post.teacher import Teacher
+
+OF_SAMPLES = ("answers", "sampling.temperature", "sampling.top_p", "endpoint.", "keep.")  # not read on-policy
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
     if asked.print_config:
         print(configs.to_toml(config, origins), end="")
         return 0
-    return start(asked, located(config), origins, ["shoal", "distill", *argv])
+    return start(asked, located(config, origins), origins, ["shoal", "distill", *argv])
 
 
 def start(asked: Asked, config: DistillConfig, origins: dict[str, str], command: Sequence[str]) -> int:
@@ -65,7 +67,7 @@ def start(asked: Asked, config: DistillConfig, origins: dict[str, str], command:
         return distilled(config, run)
 
 
-def located(config: DistillConfig) -> DistillConfig:
+def located(config: DistillConfig, origins: Mapping[str, str]) -> DistillConfig:
     """The same with every folder by its whole path, for `latest` won't stay what it is. Raises ConfigError."""
     for name in ("teacher", "student", "prompts"):
         if not getattr(config, name):
@@ -76,6 +78,9 @@ def located(config: DistillConfig) -> DistillConfig:
     if is_url(config.teacher) and config.student in PRESETS and not config.tokenizer:
         got = f"the preset {config.student} and a teacher whose tokenizer nobody knows"
         raise ConfigError(got, "a tokenizer", "give --tokenizer FOLDER, or a student that is a model")
+    if config.on_policy and (given := of_samples(config, origins)):
+        got = f"--on-policy with {', '.join(given)}, of a teacher's samples"
+        raise ConfigError(got, "a student that writes at temperature 1, and a teacher that judges", "leave them out")
     if config.on_policy and config.epochs is not None:
         fix = "give --steps N or --minutes M"
         raise ConfigError(f"epochs {config.epochs:g} of samples that are drawn as it goes", "steps or minutes", fix)
@@ -85,6 +90,13 @@ def located(config: DistillConfig) -> DistillConfig:
         student=config.student if config.student in PRESETS else str(model_folder(config.student).resolve()),
         answers=str(Path(config.answers).resolve()) if config.answers else "",
     )
+
+
+def of_samples(config: DistillConfig, origins: Mapping[str, str]) -> list[str]:
+    """What was given of a teacher's samples alone: as a flag, or in a file and not as it usually is."""
+    usual, found = configs.flatten(DistillConfig()), configs.flatten(config).items()
+    given = (key for key, value in found if origins[key] == "flag" or value != usual[key])
+    return [key for key in given if key.startswith(OF_SAMPLES)]
 
 
 def distilled(config: DistillConfig, run: Run, resume: bool = False) -> int:

@@ -130,8 +130,9 @@ class DistillConfig(TuningConfig):
 
     `answers` names a file to keep the teacher's answers in; without it they lie in the run. `tokenizer` is for a preset
     whose teacher is a URL. `on_policy`: the student writes, `samples` times to each of `group` prompts a step, and the
-    teacher judges every token; `deterministic` lets such a run resume to the bit, and costs nothing where the engine's
-    native program takes the model (bf16 on a CPU that has it), much elsewhere.
+    teacher judges every token. It draws at temperature 1: of `answers`, `sampling`, `endpoint` and `keep`, which are of
+    a teacher's samples, it reads `sampling.max_tokens` alone. `deterministic` lets such a run resume to the bit, and
+    costs nothing where the engine's native program takes the model (bf16 on a CPU that has it), much elsewhere.
     """
 
     teacher: str = ""

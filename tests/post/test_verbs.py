@@ -92,6 +92,8 @@ def test_a_model_here_judges_a_student(folder, tmp_path):
 def test_contradictions_are_said_before_anything_is_made(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     url = ["--teacher", "http://127.0.0.1:9/v1", "--prompts", "addition:4"]
+    here = ["--teacher", str(folder), *url[2:], "--student", "tiny", "--on-policy", "--steps", "3"]
+    (tmp_path / "asked.toml").write_text('answers = "a.jsonl"\nendpoint.model = "oracle"\nkeep.repeats = 8\n')
     for words, what in (
         ([*url], "no student"),
         ([*url, "--student", "tiny"], "a teacher whose tokenizer nobody knows"),
@@ -99,6 +101,8 @@ def test_contradictions_are_said_before_anything_is_made(folder, tmp_path, monke
         ([*url, "--student", str(folder)], "without a model"),
         ([*url[:2], "--prompts", "adition:4", "--student", str(folder)], "did you mean addition"),
         (["--teacher", str(folder), *url[2:], "--student", "tiny", "--on-policy"], "epochs 2 of samples"),
+        ([*here, "--sampling.temperature", "0.6", "--keep.repeats", "2"], "with sampling.temperature, keep.repeats"),
+        ([*here, "-c", "asked.toml"], "with answers, endpoint.model, of"),
     ):
         with pytest.raises(ConfigError, match=re.escape(what)):
             distill.main(words)
