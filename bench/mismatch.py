@@ -31,7 +31,7 @@ from shoal.engine.engine import LocalEngine
 from shoal.model.transformer import Transformer
 from shoal.post import policy
 from shoal.post.grpo import Gap
-from shoal.post.policy import Answer, Rollout
+from shoal.post.policy import Graded, Rollout
 from shoal.post.rl_config import RolloutConfig
 from shoal.post.rollout import Rollouts
 from shoal.tasks.catalog import QUICK_LEVELS, QUICK_TASKS, resolve
@@ -77,7 +77,7 @@ def compared(opened: Opened, dtype: str, quick: bool) -> Iterator[Found]:
         yield Found(dtype, replay, gap, sum(len(b.batch.tokens_T) for b in batches), flips)
 
 
-def drawn(opened: Opened, config: RolloutConfig) -> list[Answer]:
+def drawn(opened: Opened, config: RolloutConfig) -> list[Graded]:
     """As `shoal rl` draws them."""
     tasks = resolve(",".join(QUICK_TASKS))
     with closing(LocalEngine(opened.model, deterministic=native.takes(opened.model))) as engine:
@@ -85,7 +85,7 @@ def drawn(opened: Opened, config: RolloutConfig) -> list[Answer]:
             engine, opened.tokenizer, config, 0, lambda i: draw(tasks, 0, i, "train", QUICK_LEVELS), routes=True
         )
         groups = rollouts.collect(config.prompts)
-    return [Answer(group.prompt, sample, 1.0, 1.0) for group in groups for sample in group.samples]
+    return [Graded(group.prompt, sample, 1.0, 1.0) for group in groups for sample in group.samples]
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from shoal.train.step import TrainState
 
 
 @dataclass(frozen=True)
-class Judge:
+class TeacherKL:
     """The main loss of a step: how far the student is from this teacher, a mean over the tokens it wrote."""
 
     teacher: Transformer
@@ -93,7 +93,7 @@ def distill_on_policy(
                 "time/rollout": perf_counter() - began,
             }
 
-        tune(state, run, tokenizer, batches, Judge(teacher), resume, show, say)
+        tune(state, run, tokenizer, batches, TeacherKL(teacher), resume, show, say)
     return state
 
 

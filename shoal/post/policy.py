@@ -33,7 +33,7 @@ from shoal.train.loss import chunks
 ROUND = 256  # batches are filled up to a multiple: kernels meet few shapes, balance is judged over so many tokens
 
 
-class Answer(NamedTuple):
+class Graded(NamedTuple):
     """A graded sample. `weight` is what each of its tokens counts in the step's loss."""
 
     prompt: tuple[int, ...]
@@ -107,9 +107,9 @@ def log_probs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     return _LogProbs.apply(h_ND, weight_VD, targets_N)  # type: ignore[return-value]
 
 
-def packed(answers: Sequence[Answer], version: int, most_tokens: int) -> Iterator[Rollout]:
+def packed(answers: Sequence[Graded], version: int, most_tokens: int) -> Iterator[Rollout]:
     """Answers in batches of at most `most_tokens`, in their order; a longer one has a batch of its own."""
-    part: list[Answer] = []
+    part: list[Graded] = []
     used = 0
     for answer in answers:
         before, own = len(answer.prompt) - 1, len(answer.sample.tokens)
@@ -161,7 +161,7 @@ class Layout:
         return Branching(lengths, torch.from_numpy(rows_M), torch.from_numpy(first_T))
 
 
-def batched(answers: Sequence[Answer], version: int) -> Rollout:
+def batched(answers: Sequence[Graded], version: int) -> Rollout:
     """A prompt's last token belongs to each answer, whose first token it predicts; those before it are shared."""
     layout = Layout()
     for prompt, its in groupby(answers, lambda a: a.prompt):
@@ -188,7 +188,7 @@ def batched(answers: Sequence[Answer], version: int) -> Rollout:
     )
 
 
-def _routes(answers: Sequence[Answer], attend: Branching) -> Tensor | None:
+def _routes(answers: Sequence[Graded], attend: Branching) -> Tensor | None:
     """Experts of each row, what fills the batch up included; None where any answer lacks them."""
     known = [a.sample.routes_TLK for a in answers]
     parts = [routes[:n] for routes, n in zip(cycle(known), attend.lengths) if routes is not None]

@@ -25,7 +25,7 @@ from shoal.engine.pages import UNIT, units
 from shoal.errors import ConfigError, TrainingError
 from shoal.model.transformer import Transformer
 from shoal.post import grpo, judge, policy
-from shoal.post.policy import Answer, Objective
+from shoal.post.policy import Graded, Objective
 from shoal.post.rewards import reward, well_formed
 from shoal.post.rl_config import RLConfig
 from shoal.post.rollout import Group, Rollouts
@@ -273,7 +273,7 @@ def update(stage: Stage, groups: Sequence[Group], rewards_SG: Tensor) -> tuple[l
     if not len(groups) or not bool(grpo.teaches(rewards_SG).any()):
         state.count_idle()
         return [], []
-    answers = judged(groups, rewards_SG, grpo.VARIANTS[p.variant], c.rollout.max_tokens)
+    answers = weighed(groups, rewards_SG, grpo.VARIANTS[p.variant], c.rollout.max_tokens)
     parts = [answers[k :: p.minibatches] for k in range(min(p.minibatches, len(answers)))]
     made = [list(policy.packed(part, stage.rollouts.version, p.micro_tokens)) for part in parts]
     references = [[policy.scored(stage.reference, r) if stage.reference else None for r in part] for part in made]
@@ -291,14 +291,14 @@ def update(stage: Stage, groups: Sequence[Group], rewards_SG: Tensor) -> tuple[l
     return results, objectives
 
 
-def judged(groups: Sequence[Group], rewards_SG: Tensor, variant: grpo.Variant, most: int) -> list[Answer]:
+def weighed(groups: Sequence[Group], rewards_SG: Tensor, variant: grpo.Variant, most: int) -> list[Graded]:
     """The answers that have an advantage. What their tokens count is reckoned over all answers of the step."""
     advantages_SG = grpo.advantages(rewards_SG, variant.by_std)
     samples = [(g.prompt, s) for g in groups for s in g.samples]
     lengths_S = torch.tensor([len(s.tokens) for _, s in samples])
     weights_S = grpo.answer_weights(lengths_S, variant.average, most)
     worth = zip(samples, advantages_SG.flatten().tolist(), weights_S.tolist())
-    return [Answer(prompt, s, a, w) for (prompt, s), a, w in worth if a]
+    return [Graded(prompt, s, a, w) for (prompt, s), a, w in worth if a]
 
 
 def refer(stage: Stage) -> None:

@@ -49,7 +49,7 @@ def test_the_student_comes_closer(tmp_path):
 
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, monkeypatch):
     whole, _ = distilled(tmp_path / "whole")
-    step = module.Judge.__call__
+    step = module.TeacherKL.__call__
     calls = []
 
     def dying(self, *args):
@@ -58,10 +58,10 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(self, *args)
 
-    monkeypatch.setattr(module.Judge, "__call__", dying)
+    monkeypatch.setattr(module.TeacherKL, "__call__", dying)
     with pytest.raises(KeyboardInterrupt):
         distilled(tmp_path / "half")
-    monkeypatch.setattr(module.Judge, "__call__", step)
+    monkeypatch.setattr(module.TeacherKL, "__call__", step)
     half, _ = distilled(tmp_path / "half", resume=True, student_seed=3)
     ours, theirs = (load_file(run.checkpoints / "step-000002/model.safetensors") for run in (whole, half))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

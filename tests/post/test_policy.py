@@ -6,21 +6,21 @@ import torch
 from shoal.model.attend import Packed
 from shoal.model.moe import Replayed
 from shoal.post import policy
-from shoal.post.policy import Answer, Objective, log_probs, packed, replayed, scored
+from shoal.post.policy import Graded, Objective, log_probs, packed, replayed, scored
 from shoal.post.rl_config import PolicyConfig
 from shoal.post.rollout import Sample
 from shoal.train import loss
 from tests.post.talks import TINY, model
 
 
-def answers(n: int = 6, version: int = 3, seed: int = 0) -> list[Answer]:
+def answers(n: int = 6, version: int = 3, seed: int = 0) -> list[Graded]:
     g = torch.Generator().manual_seed(seed)
     made = []
     for i in range(n):
         p, c = 3 + i % 4, 2 + 3 * (i % 3)
         prompt = tuple(torch.randint(0, TINY.vocab_size, (p,), generator=g).tolist())
         tokens = torch.randint(0, TINY.vocab_size, (c,), generator=g).tolist()
-        made.append(Answer(prompt, Sample(i, tokens, [-1.0] * c, [version] * c, "stop"), float(i - 2), 0.1 * i))
+        made.append(Graded(prompt, Sample(i, tokens, [-1.0] * c, [version] * c, "stop"), float(i - 2), 0.1 * i))
     return made
 
 
@@ -57,7 +57,7 @@ def test_packing_changes_no_log_probability(most_tokens):
         assert torch.allclose(logp, expected, atol=1e-5)
 
 
-def group(n: int = 3) -> list[Answer]:
+def group(n: int = 3) -> list[Graded]:
     """Answers to one prompt, then one to another."""
     made = answers(n + 1)
     return [a._replace(prompt=made[1].prompt) for a in made[:n]] + made[n:]
@@ -102,7 +102,7 @@ def test_tokens_keep_their_advantage_weight_and_version():
         assert fresh.tolist() == [not (i == 1 and t == 0) for t in range(len(fresh))]
 
 
-def fed(answer: Answer) -> int:
+def fed(answer: Graded) -> int:
     return len(answer.prompt) + len(answer.sample.tokens) - 1
 
 
