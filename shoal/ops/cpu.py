@@ -177,7 +177,8 @@ class RotatePairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        return _turned(dy, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(dy, cos, sin, -1.0), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

@@ -48,9 +48,9 @@ MODELS = {"v3": V3, "v2": V2, "llama": LLAMA, "qwen": QWEN, "no shared expert": 
 N = 150  # tokens: more than a call takes, and pages
 
 
-def built(config: ModelConfig, invariant: bool = True) -> tuple[Transformer, Native]:
+def built(config: ModelConfig, invariant: bool = True, seed: int = 0) -> tuple[Transformer, Native]:
     """Biases that matter, norms that aren't 1."""
-    m = Transformer(config).init_weights(0)
+    m = Transformer(config).init_weights(seed)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in [*m.parameters(), *m.buffers()]:
@@ -65,11 +65,12 @@ def errors(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1)
 
 
-def assert_as_exact(ours: Tensor, narrow: Tensor, wide: Tensor) -> None:
-    """Nearly as close to the model in fp32 as its forward pass in bf16 is. Not so every row: a rounding may turn a
-    router to another expert."""
+def assert_as_exact(made: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Ours are nearly as close to the model in fp32 as its forward pass in bf16 is. Not so every row: a rounding may
+    turn a router to another expert, in one model every tenth row of either."""
     at = torch.tensor([0.5, 0.9], dtype=torch.float64)
-    assert (errors(ours, wide).quantile(at) < 1.7 * errors(narrow, wide).quantile(at)).all()
+    ours, narrow = (torch.cat([errors(m[i], m[2]) for m in made]).quantile(at) for i in (0, 1))
+    assert (ours < 1.5 * narrow).all(), (ours, narrow)
 
 
 @torch.no_grad()
@@ -77,27 +78,32 @@ def assert_as_exact(ours: Tensor, narrow: Tensor, wide: Tensor) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_program_equals_the_forward_pass(monkeypatch, name: str, invariant: bool):
     monkeypatch.setattr(native, "MOST", 100)
-    m, runner = built(MODELS[name], invariant)
-    tokens = torch.tensor(prompt(N))
-    exact = Transformer(m.config)
-    exact.load_state_dict(m.state_dict())
-    positions, attend = torch.arange(N), Packed([N])
-    narrow, wide = (x.body(x.embed(tokens), positions, attend)[0] for x in (m, exact.float()))
-    pages, ids = [5, 2, 7], tokens.tolist()
-    begin = runner.body(ids[:7], [Span(0, 7, pages)])
-    hidden = torch.cat([begin, runner.body(ids[7:], [Span(7, 1, pages), Span(8, N - 8, pages)])])
-    assert_as_exact(hidden, narrow, wide)
-    torch.testing.assert_close(runner.head(hidden), m.head(hidden).float(), atol=0.02, rtol=0.02)
-    if m.config.n_mtp:
-        following = m.embed(tokens[1:])
-        narrow, wide = (
-            x.mtp[0](hidden[:-1].to(e.dtype), e, positions[:-1], Packed([N - 1]))[0]
-            for x, e in ((m, following), (exact, following.float()))
-        )
-        ours = runner._module(hidden[:-1], tokens[1:].tolist(), [Span(0, N - 1, [5, 2, 7])])
-        assert_as_exact(ours, narrow, wide)
-        last, logits = runner.module(hidden[-3:-1], tokens[-2:].tolist(), [Span(N - 3, 2, [5, 2, 7])], [True])
-        assert errors(last, ours[-1:]) < 0.05 and torch.equal(logits, runner.head(last))
+    bodies, modules = [], []
+    for seed in range(8):
+        m, runner = built(MODELS[name], invariant, seed)
+        tokens = torch.tensor(prompt(N))
+        exact = Transformer(m.config)
+        exact.load_state_dict(m.state_dict())
+        positions, attend = torch.arange(N), Packed([N])
+        narrow, wide = (x.body(x.embed(tokens), positions, attend)[0] for x in (m, exact.float()))
+        pages, ids = [5, 2, 7], tokens.tolist()
+        begin = runner.body(ids[:7], [Span(0, 7, pages)])
+        hidden = torch.cat([begin, runner.body(ids[7:], [Span(7, 1, pages), Span(8, N - 8, pages)])])
+        bodies.append((hidden, narrow, wide))
+        torch.testing.assert_close(runner.head(hidden), m.head(hidden).float(), atol=0.02, rtol=0.02)
+        if m.config.n_mtp:
+            following = m.embed(tokens[1:])
+            narrow, wide = (
+                x.mtp[0](hidden[:-1].to(e.dtype), e, positions[:-1], Packed([N - 1]))[0]
+                for x, e in ((m, following), (exact, following.float()))
+            )
+            ours = runner._module(hidden[:-1], ids[1:], [Span(0, N - 1, [5, 2, 7])])
+            modules.append((ours, narrow, wide))
+            last, logits = runner.module(hidden[-3:-1], ids[-2:], [Span(N - 3, 2, [5, 2, 7])], [True])
+            assert errors(last, ours[-1:]) < 0.05 and torch.equal(logits, runner.head(last))
+    for made in (bodies, modules):
+        if made:
+            assert_as_exact(made)
 
 
 @torch.no_grad()

@@ -43,30 +43,49 @@ static void keep_heads(const Worker *t, i64 row) {
     memcpy((bf16 *)c->kept2 + slot * width, (const bf16 *)c->w2 + row * c->xs, width * sizeof(bf16));
 }
 
-/* For `heads` heads and 16 · NV value dims: to = Σ p value · share, p being `apart` from head to head. */
-INLINE void mix_values(const int heads, const int NV, const i64 *pages, i64 seen, const bf16 *values, i64 width,
-                       const float *p, i64 apart, const float *share, float *to, i64 V) {
-    __m512 acc[4][4];
+/* For `heads` heads and `dims` value dims, 32 · NV or 16: to = Σ p value · share, p being `apart` from head to head.
+ * Two tokens at a time: numbers of the one beside those of the other, times two of p. */
+INLINE void mix_values(const int heads, const int NV, const i64 dims, const i64 *pages, i64 seen, const bf16 *values,
+                       i64 width, const bf16 *p, i64 apart, const float *share, float *to, i64 V) {
+    const __mmask32 there = dims < 32 ? 0xffff : ~0u;
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    __m512 low[4][2], high[4][2];
     for (int i = 0; i < heads; i++)
-        for (int j = 0; j < NV; j++) acc[i][j] = _mm512_setzero_ps();
+        for (int j = 0; j < NV; j++) low[i][j] = high[i][j] = _mm512_setzero_ps();
     for (i64 page = 0; page * UNIT < seen; page++) {
         const bf16 *value = values + pages[page] * UNIT * width;
-        for (i64 at = page * UNIT; at < least(page * UNIT + UNIT, seen); at++, value += width) {
-            __m512 v[4];
-            for (int j = 0; j < NV; j++) v[j] = load(value + 16 * j);
+        for (i64 at = page * UNIT; at < least(page * UNIT + UNIT, seen); at += 2, value += 2 * width) {
+            __m512bh lows[2], highs[2];
+            for (int j = 0; j < NV; j++) {
+                __m512i one = _mm512_maskz_loadu_epi16(there, value + 32 * j);
+                __m512i other = _mm512_maskz_loadu_epi16(at + 1 < seen ? there : 0, value + width + 32 * j);
+                lows[j] = (__m512bh)_mm512_unpacklo_epi16(one, other);
+                highs[j] = (__m512bh)_mm512_unpackhi_epi16(one, other);
+            }
             for (int i = 0; i < heads; i++) {
-                __m512 weight = _mm512_set1_ps(p[i * apart + at]);
-                for (int j = 0; j < NV; j++) acc[i][j] = _mm512_fmadd_ps(weight, v[j], acc[i][j]);
+                int pair;
+                memcpy(&pair, p + i * apart + at, 4);
+                __m512bh weights = (__m512bh)_mm512_set1_epi32(pair);
+                for (int j = 0; j < NV; j++) {
+                    low[i][j] = _mm512_dpbf16_ps(low[i][j], weights, lows[j]);
+                    high[i][j] = _mm512_dpbf16_ps(high[i][j], weights, highs[j]);
+                }
             }
         }
     }
     for (int i = 0; i < heads; i++)
-        for (int j = 0; j < NV; j++)
-            _mm512_storeu_ps(to + i * V + 16 * j, _mm512_mul_ps(acc[i][j], _mm512_set1_ps(share[i])));
+        for (int j = 0; j < NV; j++) {
+            __m512 mine = _mm512_set1_ps(share[i]), a = low[i][j], b = high[i][j];
+            _mm512_storeu_ps(to + i * V + 32 * j, _mm512_mul_ps(_mm512_permutex2var_ps(a, first, b), mine));
+            if (dims < 32) continue;
+            _mm512_storeu_ps(to + i * V + 32 * j + 16, _mm512_mul_ps(_mm512_permutex2var_ps(a, second, b), mine));
+        }
 }
 
 /* out [h, V] = softmax(scale · q keysᵀ) values over the first `seen` tokens of a row's pages, for h ≤ TOGETHER heads.
- * Keys and values of a token lie `width` apart from the next one's; inner sizes W and V. Every head by itself. */
+ * Keys and values of a token lie `width` apart from the next one's; inner sizes W and V. Every head by itself;
+ * probabilities are bf16, as in tiles.h. */
 static void attend_row(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, const bf16 *keys, const bf16 *values,
                        i64 V, i64 width, float scale, float *out) {
     const Step *s = t->step;
@@ -103,25 +122,28 @@ static void attend_row(const Worker *t, i64 row, i64 h, const bf16 *q, i64 W, co
         for (i64 at = 0; at < seen; at += 16) {
             float *p = scores + i * t->longest + at;
             __mmask16 valid = seen - at >= 16 ? 0xffff : (1 << (seen - at)) - 1;
-            __m512 e = _mm512_maskz_mov_ps(valid, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(p), best)));
-            _mm512_storeu_ps(p, e);
+            __m512 e = rounded(_mm512_maskz_mov_ps(valid, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(p), best))));
+            store((bf16 *)(scores + i * t->longest) + at, e); /* over scores that were read */
             total = _mm512_add_ps(total, e);
         }
         share[i] = 1 / _mm512_reduce_add_ps(total);
     }
-    for (i64 v = 0; v < V; v += 16) {
-        const int four = V - v >= 64; /* 64 dims at a time while there are as many */
+    for (i64 v = 0, dims; v < V; v += dims) {
+        dims = V - v >= 64 ? 64 : V - v >= 32 ? 32 : 16;
         for (i64 i = 0; i < h; i += h - i >= 4 ? 4 : 1) {
-            const float *p = scores + i * t->longest, *mine = share + i;
-            float *to = out + i * V + v;
-            if (four)
-                h - i >= 4 ? mix_values(4, 4, pages, seen, values + v, width, p, t->longest, mine, to, V)
-                           : mix_values(1, 4, pages, seen, values + v, width, p, t->longest, mine, to, V);
+            const bf16 *p = (const bf16 *)(scores + i * t->longest), *from = values + v;
+            float *mine = share + i, *to = out + i * V + v;
+            i64 apart = 2 * t->longest, four = h - i >= 4;
+            if (dims == 64)
+                four ? mix_values(4, 2, 64, pages, seen, from, width, p, apart, mine, to, V)
+                     : mix_values(1, 2, 64, pages, seen, from, width, p, apart, mine, to, V);
+            else if (dims == 32)
+                four ? mix_values(4, 1, 32, pages, seen, from, width, p, apart, mine, to, V)
+                     : mix_values(1, 1, 32, pages, seen, from, width, p, apart, mine, to, V);
             else
-                h - i >= 4 ? mix_values(4, 1, pages, seen, values + v, width, p, t->longest, mine, to, V)
-                           : mix_values(1, 1, pages, seen, values + v, width, p, t->longest, mine, to, V);
+                four ? mix_values(4, 1, 16, pages, seen, from, width, p, apart, mine, to, V)
+                     : mix_values(1, 1, 16, pages, seen, from, width, p, apart, mine, to, V);
         }
-        v += four ? 48 : 0;
     }
 }
 
