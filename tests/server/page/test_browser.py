@@ -76,6 +76,8 @@ def test_figures_run_while_it_writes_and_stop_stops_the_server(visit, api):
     settle(page)
     kept = page.locator(f"{LAST} .prose").inner_text()
     assert kept.startswith("word word") and page.locator(f"{LAST} .note").inner_text() == "Stopped"
+    for _ in range(100):  # until the server has noticed
+        page.wait_for_timeout(100 if api.gone == gone else 0)
     page.wait_for_timeout(400)
     assert api.gone == gone + 1
     assert page.locator(f"{LAST} .prose").inner_text() == kept
