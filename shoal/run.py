@@ -35,6 +35,7 @@ from shoal.config import to_toml
 from shoal.errors import ResourceError, RunError, ShoalError
 
 RUNS = Path("runs")
+NO_RUNS = "there are no runs yet; `shoal quickstart` makes one"
 ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"  # of ids; no look-alikes
 PIPELINE = "pipeline.json"  # of a run that has stages (recipes/_pipeline.py)
 PACKAGES = ("shoal-lm", "torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")
@@ -207,8 +208,8 @@ def find(name: str, root: Path | str = RUNS) -> Run:
     if found:
         raise RunError(f"{name} names {len(found)} runs", "one run", "say more of: " + ", ".join(r.id for r in found))
     ids = [r.id for r in runs]
-    close = get_close_matches(name, ids, n=1, cutoff=0.3) or ids[:1]
-    fix = f"did you mean {close[0]}?" if close else "there are no runs yet; `shoal quickstart` makes one"
+    close = get_close_matches(name, ids, n=1, cutoff=0.6)
+    fix = f"did you mean {close[0]}?" if close else f"the newest is {ids[0]}" if ids else NO_RUNS
     raise RunError(f"no run {name}", f"a path, an id under {root}/, the start or end of one, or latest", fix)
 
 

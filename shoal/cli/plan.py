@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -133,6 +134,8 @@ def described(name: str) -> tuple[ModelConfig, Path | None]:
     if len(begun) == 1:
         return PRESETS[begun[0]], None
     if plain_name not in PRESETS:
+        with suppress(ModelError):
+            return described(str(model_folder(name)))  # a run, by `latest` or a part of its name
         close = get_close_matches(plain_name, [*PRESETS, *PUBLISHED], n=3, cutoff=0.3)
         fix = f"try {' or '.join(close)}" if close else "name a folder"
         raise ModelError(f"no model {name!r}", f"one of {', '.join(PRESETS)}, or a path", fix)
@@ -146,8 +149,10 @@ def hardware(args: argparse.Namespace, folder: Path | None) -> Hardware:
     ram_rate = rate(args.ram_rate) if args.ram_rate is not None else read_bytes_per_s() if args.here else RAM_RATE
     if args.disk in DISK_RATES or args.disk == "none":
         disk_rate = DISK_RATES.get(args.disk, 0.0)
-    else:
+    elif args.disk[:1].isdigit():
         disk_rate = rate(args.disk)
+    else:
+        raise ConfigError(f"--disk {args.disk!r}", f"{', '.join(DISK_RATES)}, none, or a rate", "write it like 3GB/s")
     if args.here and args.disk == "nvme":
         disk_rate = measured_disk(folder)
     return Hardware(ram, ram_rate, disk_rate, gpu_bytes, gpu_rate, bus_rate)

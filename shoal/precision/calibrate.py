@@ -141,7 +141,7 @@ class Calibration:
     """
 
     def __init__(self, folder: Path | str, tokens_WT: Tensor, group: int):
-        self.walk, self.group = Walk(folder), group
+        self.walk, self.group = Walk(folder, wide=True), group
         self._places = {(p.ours, p.expert, p.first_row): p for p in self.walk.pieces}
         self._made: dict[str, Quantised] = {}
         self._layers = self._each_layer(tokens_WT)

@@ -29,13 +29,14 @@ TOGETHER = 8192  # tokens that go through a layer at once
 
 
 class Walk:
-    """`folder` opened in the form it is stored in. Raises ModelError as `hf.load` does."""
+    """`folder` opened in the form it is stored in, or `wide`: with all matrices dequantised. Raises ModelError as
+    `hf.load` does."""
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, wide: bool = False):
         self.model, self.stored = hf.opened(folder, torch.bfloat16)
         self.config = self.model.config
         self.pieces = list(hf.own_pieces(self.model))
-        self._leaves = weights.leaves(self.model, self.stored)
+        self._leaves = {} if wide else weights.leaves(self.model, self.stored)
 
     def read(self, name: str) -> nn.Module:
         """The module of that name, `layers.3` for example, with its weights."""

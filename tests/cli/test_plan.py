@@ -45,6 +45,12 @@ def test_models_are_known_by_the_names_they_are_published_under(published, prese
     assert plan.described(published) == (PRESETS[preset], None)
 
 
+def test_a_run_is_known_as_other_verbs_know_it(capsys, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(PRESETS["v2-lite-16b"], "bfloat16")))
+    monkeypatch.setattr(plan, "model_folder", {"latest": tmp_path}.__getitem__)
+    assert asked(capsys, "latest") == asked(capsys, "v2-lite-16b")
+
+
 def test_cards_by_name_or_by_size(capsys):
     by_name = asked(capsys, "v3-671b", "--gpu", "RTX 4090", "--weights", "int4")
     assert by_name["machine"]["gpu_bytes"] == 24e9 and "GPU" in by_name["forms"]["int4"]["places"]
@@ -103,6 +109,9 @@ def test_unknown_models_are_refused(argv):
     "flags",
     [
         ["--disk", "fast"],
+        ["--disk", "floppy"],
+        ["--gpu", "4090"],
+        ["--ram", "8"],
         ["--disk", "0GB/s"],
         ["--gpu", "RTX"],
         ["--gpu", ""],

@@ -75,8 +75,9 @@ def test_keys_on_loopback_are_a_choice():
 
 
 def test_sizes():
-    assert (sizes.size("6GiB"), sizes.size("1.5kb"), sizes.size("12")) == (6 * 2**30, 1500, 12)
-    for text in ("", "GiB", "6XB", "-1GiB", "1e9"):
+    assert (sizes.size("6GiB"), sizes.size("1.5kb"), sizes.size("12B")) == (6 * 2**30, 1500, 12)
+    assert sizes.size("0") == 0 and sizes.size("6442450944") == 6 * 2**30
+    for text in ("", "GiB", "6XB", "-1GiB", "1e9", "8", "4090"):
         with pytest.raises(ConfigError):
             sizes.size(text)
 

@@ -91,6 +91,19 @@ def test_a_model_loses_less_and_the_same_every_time(plain, tmp_path):
     assert ours.kl < 0.75 * nearest.kl
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "group"), [("fp8", None), ("int8", None), ("int4", 64)])
+def test_a_model_in_few_bits_is_calibrated_as_what_it_stands_for(plain, tmp_path, form, group):
+    few = tmp_path / "few"
+    convert.write(convert.Source(plain), few, form, group)
+    hf.save(hf.load(few, torch.float32), tmp_path / "wide")
+    for name, source in (("made", few), ("expected", tmp_path / "wide")):
+        convert.write(convert.Source(source), tmp_path / name, "int4", 32, Calibration(source, TOKENS, 32))
+    made, expected = (hf.load(tmp_path / name).state_dict() for name in ("made", "expected"))
+    for name in expected:
+        assert (made[name] - expected[name]).float().norm() <= 0.02 * expected[name].float().norm(), name
+
+
 def test_hidden_states_are_held_by_no_graph(plain, monkeypatch):
     calibration, graphs = Calibration(plain, TOKENS, 32), []
     monkeypatch.setattr(calibration, "_layer", lambda name, block, h: graphs.append(h.requires_grad) or h)
