@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
@@ -216,6 +217,8 @@ def body(case: Case, seed: int, n: int) -> dict:
 
 
 def metrics(server: Server) -> dict[str, float]:
+    """The server looks at its engine once a second."""
+    time.sleep(1.5)
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
         text = answer.read().decode()
     return {name: float(n) for name, n in re.findall(r"^shoal_engine_experts_(\w+)_total (\S+)$", text, re.M)}
