@@ -35,5 +35,6 @@ def to_file(source: Path, target: Path, weights: str) -> str:
 
     gguf_write.write(target, config, read, weights, settings)
     known = "" if gguf_tokenizer.published(tokenizer) else "; llama.cpp doesn't know its tokenizer: give it token ids"
+    left = "; its multi-token module is left out" if config.n_mtp else ""
     millions = count_parameters(config).total / 1e6
-    return f"{settings['general.architecture']}, {millions:,.1f}M parameters, {weights}{known} →"
+    return f"{settings['general.architecture']}, {millions:,.1f}M parameters, {weights}{known}{left} →"
