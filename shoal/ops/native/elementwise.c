@@ -95,7 +95,7 @@ void rotate_pairs(const bf16 *x, i64 row, i64 head, const float *cos, const floa
         }
 }
 
-/* ---- experts: the K that a row chooses, and rows (token, choice) sorted by them, earlier tokens first ------------- */
+/* ---- experts: the K that a row chooses, and rows (token, choice) sorted by them, earlier tokens first ------------ */
 
 /* The indices of each row's K largest, the largest first. */
 void top_k(const float *x, i64 T, i64 E, i64 K, i64 *index) {
@@ -194,7 +194,7 @@ void cross_entropy(bf16 *logits, const i64 *targets, float scale, float *nll, i6
     }
 }
 
-/* ---- the squares of a gradient: each stretch of `stretch` numbers has a sum of its own, whoever computes it ------- */
+/* ---- the squares of a gradient: each stretch of `stretch` numbers has a sum of its own, whoever computes it ------ */
 
 void sum_squares(const bf16 *x, i64 n, i64 stretch, float *sums) {
 #pragma omp parallel for schedule(static)
