@@ -198,14 +198,15 @@ def take_rounds(case: Case, servers: list[Server], file: Path) -> tuple[dict[str
     for i in range(1 + case.rounds):
         before = {"at_random": disk_bytes_per_s(file), "ram_bytes_per_s": read_bytes_per_s()}
         for server in turned(servers, i):
-            n, begun = case.tokens if i else case.warm, metrics(servers[0])
+            n, counts = case.tokens if i else case.warm, i > 0 and server is servers[0]
+            begun = metrics(server) if counts else {}
             seconds, (streamed,) = asyncio.run(together(server, [body(case, i, n)]))
             assert streamed.tokens == n, f"{server.name}: {streamed}"
             rate = (n - 1) / (seconds - streamed.first)
             print(f"  {f'round {i}' if i else 'warm-up'}  {server.name:28} {rate:.3f} tokens/s", flush=True)
             if i:
                 rates[server.name].append(rate)
-            if i and server is servers[0]:
+            if counts:
                 seen.append(before | difference(begun, metrics(server), n))
     return rates, seen
 

@@ -7,7 +7,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -134,11 +133,13 @@ def described(name: str) -> tuple[ModelConfig, Path | None]:
     if len(begun) == 1:
         return PRESETS[begun[0]], None
     if plain_name not in PRESETS:
-        with suppress(ModelError):
-            return described(str(model_folder(name)))  # a run, by `latest` or a part of its name
-        close = get_close_matches(plain_name, [*PRESETS, *PUBLISHED], n=3, cutoff=0.3)
-        fix = f"try {' or '.join(close)}" if close else "name a folder"
-        raise ModelError(f"no model {name!r}", f"one of {', '.join(PRESETS)}, or a path", fix)
+        try:
+            run = model_folder(name)  # by `latest` or a part of its name
+        except ModelError:
+            close = get_close_matches(plain_name, [*PRESETS, *PUBLISHED], n=3, cutoff=0.3)
+            fix = f"try {' or '.join(close)}" if close else "name a folder"
+            raise ModelError(f"no model {name!r}", f"one of {', '.join(PRESETS)}, a path or a run", fix) from None
+        return described(str(run))
     return PRESETS[plain_name], None
 
 

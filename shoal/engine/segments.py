@@ -3,7 +3,7 @@ experts that are in memory while the others are read, then theirs as they come, 
 
 A product passes over experts that have no place, and writes each row of those that have; so a mixture's two products
 may run as often as batches come. Each choice but the last leaves, beside it, what the next one will probably be
-(`write_foretold` in native.py): asked of torch, that took a third of a millisecond a layer, between two runs.
+(`write_foretold` in native.py).
 
 Shapes: T rows, D model, A chosen.
 """
