@@ -69,6 +69,10 @@ class Loader:
     def samples_per_epoch(self) -> int:
         return len(self.split.tokens) // self.context
 
+    def cut(self, context: int) -> "Loader":
+        """The same text in other windows, as many tokens a batch."""
+        return replace(self, context=context, samples_per_batch=self.samples_per_batch * self.context // context)
+
     def batch(self, start: int) -> Batch:
         """Samples start … start + samples_per_batch - 1."""
         ids = range(start, start + self.samples_per_batch)

@@ -109,7 +109,7 @@ class LocalEngine:
         self._faults = 0  # since the last whole step
         self._closing = self._forgetting = self._down = False
         self._seeds = random.SystemRandom()
-        self._seconds = 1.0  # of the last step
+        self._paces: dict[int, float] = {}  # seconds of a step of about so many streams that only decode, of late
         self._wake = Condition()  # its lock guards all of the above but the tensors
         self._thread = Thread(target=self._live_on, name="engine", daemon=True)
         self._thread.start()
@@ -349,7 +349,8 @@ class LocalEngine:
                 seconds = perf_counter() - start
                 self._speculator.worth.record(len(work), sum(len(gain.tokens) for gain in gains), seconds, steps)
         self._unchanged()  # before anybody is told
-        self._seconds = seconds / steps
+        if only_decoding:
+            self._paces[pace_of(work)] = seconds / steps
         with self._wake:
             self._steps += steps
             self._tokens_out += sum(len(gain.tokens) for gain in gains)
@@ -371,7 +372,8 @@ class LocalEngine:
         if any(w.draws != 1 or not w.stream.plain for w in work):
             return [], [], []
         drafting = self._speculator and self._speculator.worth(len(work)) is not None
-        steps = 1 if drafting else max(1, min(runner.most_steps, int(TOGETHER_SECONDS / self._seconds)))
+        pace = self._paces.get(pace_of(work), TOGETHER_SECONDS)
+        steps = 1 if drafting else max(1, min(runner.most_steps, int(TOGETHER_SECONDS / pace)))
         tokens, hidden = runner.steps(work, steps, bool(self._speculator), chosen)
         gains = [self._advance(w, its, certain=True) for w, its in zip(work, tokens) if its]
         return gains, [len(its) for its in tokens] if gains else [], hidden
@@ -402,6 +404,10 @@ class LocalEngine:
     def _advance(self, w: Work, drawn: Sequence[Token], certain: bool = False) -> Gain:
         """Take what was drawn, as long as the tokens that were fed are right: drafts by luck, or `certain` ones."""
         stream, taken, accepted, error = w.stream, [], 0, None
+        if certain and stream.request.guide is None:
+            stream.accept(*(token.id for token in drawn))
+            stream.computed = w.start + len(drawn)
+            return Gain(stream, tuple(drawn), None)
         drafts, stream.drafts = stream.drafts, []
         try:
             for i, token in enumerate(drawn):
@@ -459,6 +465,11 @@ class LocalEngine:
         except BaseException:  # even one that would end a thread: this one isn't the sink's
             log.exception("a sink failed; its request is cancelled")
             self.cancel(stream.request)
+
+
+def pace_of(work: Sequence[Work]) -> int:
+    """Batches of up to twice as many streams go at one pace."""
+    return len(work).bit_length()
 
 
 def _runner(model: Transformer, cache: Cache, deterministic: bool) -> Runner:

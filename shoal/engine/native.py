@@ -93,7 +93,7 @@ def in_few_bits(module: nn.Module) -> Sequence[Quantised]:
 
 
 class Native(Runner):
-    most_steps = 8
+    most_steps = 16
 
     def __init__(self, model: Transformer, cache: Cache, invariant: bool = False):
         super().__init__(model, cache)

@@ -134,10 +134,12 @@ class Stream:
             self.mask = guide.mask() if self.forced is None else None
             assert self.mask is None or bool(self.mask.any()), "the guide allows no token"
 
-    def accept(self, token: int) -> Finish | None:
-        """One more token; whether it is the last, and why."""
-        guide = self.request.guide
-        self.tokens.append(token)
+    def accept(self, *tokens: int) -> Finish | None:
+        """One more token, or several where there is no guide and all but the last are known to end nothing; whether it
+        is the last, and why."""
+        guide, token = self.request.guide, tokens[-1]
+        assert guide is None or len(tokens) == 1
+        self.tokens += tokens
         goes_on = guide is None or guide.accept(token)
         if token in self.request.stop_tokens or not goes_on:
             self.finish = "stop"

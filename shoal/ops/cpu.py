@@ -30,6 +30,7 @@ from shoal.runtime import cache_root, cpu_flags
 SOURCES = Path(__file__).with_name("native")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2**21, 14, 25
+LEAST_ROWS = 24  # that pay for packing a matrix
 STRETCH = 2**15  # numbers that are summed by themselves
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
@@ -108,8 +109,15 @@ def takes(x: Tensor, *dims: int) -> bool:
     return fits and _library()[0] is not None
 
 
+def takes_product(x: Tensor, other: Tensor, *dims: int) -> bool:
+    """Whether `GroupedLinear` accepts these rows and a matrix, a stack of them, or a gradient, of these widths. AMX is
+    faster, and torch has it.
+    """
+    return len(x) >= LEAST_ROWS and "amx_bf16" not in cpu_flags() and takes(x, *dims) and takes(other)
+
+
 def call(name: str, *args) -> int:
-    """What comes back means something for attention and programs only."""
+    """What comes back means something for attention, products and programs only."""
     lib = _library()[0]
     assert lib is not None
     return getattr(lib, name)(*map(_value, args))
@@ -123,12 +131,52 @@ def _value(x):
     return convert(x) if convert else x
 
 
+class GroupedLinear(torch.autograd.Function):
+    """Rows starts[e] to starts[e + 1] of x [M, K] times weight e of [E, N, K], transposed: [M, N]. One call for all."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, starts)
+        return _times(x, weight, starts, as_stored=False)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, starts = ctx.saved_tensors
+        dx = _times(dy, weight, starts, as_stored=True) if ctx.needs_input_grad[0] else None
+        return dx, grouped_weight_gradient(dy, x, starts) if ctx.needs_input_grad[1] else None, None
+
+
+def _times(x: Tensor, weight: Tensor, starts: Tensor, as_stored: bool) -> Tensor:
+    """x [M, K] times matrices [E, N, K] transposed, or [E, K, N] as stored."""
+    x, weight = _rows(x), weight.contiguous()
+    E, (N, K) = len(weight), weight.shape[:0:-1] if as_stored else weight.shape[1:]
+    y = x.new_empty(len(x), N)
+    if call("grouped_rows", x, x.stride(0), weight, int(as_stored), starts, E, K, N, y):
+        raise MemoryError("no room for a product's panels")
+    return y
+
+
+def grouped_weight_gradient(dy: Tensor, x: Tensor, starts: Tensor) -> Tensor:
+    """dyᵀ x of each row block, [E, N, K]: zero where it has no rows."""
+    dy, x = _rows(dy), _rows(x)
+    E, N, K = len(starts) - 1, dy.shape[1], x.shape[1]
+    dweight = x.new_empty(E, N, K)
+    if call("grouped_matrices", dy, dy.stride(0), x, x.stride(0), starts, E, N, K, dweight):
+        raise MemoryError("no room for a product's panels")
+    return dweight
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows that are dense themselves, any distance apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class RMSNorm(torch.autograd.Function):
     """x [T, D] may be a column slice of a wider tensor: its row stride is passed on."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = _rows(x)
         T, D = x.shape
         y, rstd = x.new_empty(T, D), torch.empty(T, dtype=torch.float32)
         call("rms_norm_forward", x, x.stride(0), weight, y, rstd, T, D, float(eps))
@@ -182,7 +230,7 @@ class RotatePairs(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = _rows(x)
     (T, *heads, R), y = x.shape, x.new_empty(x.shape)
     call("rotate_pairs", x, x.stride(0), x.stride(1) if heads else 0, cos, sin, sign, y, T, *(heads or [1]), R)
     return y

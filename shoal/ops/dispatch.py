@@ -105,10 +105,20 @@ def quantised_linear(x_MK: Tensor, weight: Quantised) -> Tensor:
     return quant.linear(x_MK, weight)
 
 
+def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """x Wᵀ (+ b) over the last dimension."""
+    if bias_F is None and x.dim() == 2 and cpu.takes_product(x, weight_FD, *weight_FD.shape):
+        whole = torch.tensor([0, len(x)])
+        return cpu.GroupedLinear.apply(x, weight_FD[None], whole)  # type: ignore[return-value]
+    return F.linear(x, weight_FD, bias_F)
+
+
 def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     if x_MD.is_cuda:
         offsets_E = counts_E.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(x_MD, weight_EFD.transpose(1, 2), offs=offsets_E)
+    if cpu.takes_product(x_MD, weight_EFD, *weight_EFD.shape[1:]):
+        return cpu.GroupedLinear.apply(x_MD, weight_EFD, starts(counts_E))  # type: ignore[return-value]
     return GroupedLinear.apply(x_MD, weight_EFD, counts_E)  # type: ignore[return-value]
 
 
@@ -145,7 +155,14 @@ def grouped_weight_gradient(dy_MF: Tensor, x_MD: Tensor, counts_E: Tensor) -> Te
     """dyᵀ x of each row block: [E, F, D], what `grouped_linear` gives its weight. Zero where an expert has no rows."""
     if x_MD.is_cuda:
         return F.grouped_mm(dy_MF.t(), x_MD, offs=counts_E.cumsum(0, dtype=torch.int32))
+    if cpu.takes_product(x_MD, dy_MF, x_MD.shape[1], dy_MF.shape[1]):
+        return cpu.grouped_weight_gradient(dy_MF, x_MD, starts(counts_E))
     return _weight_gradient(dy_MF, x_MD, blocks(counts_E.tolist(), GroupedLinear.ROUND), len(counts_E))
+
+
+def starts(counts: Tensor) -> Tensor:
+    """Where each block begins, and where the last one ends."""
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
 def _weight_gradient(dy_MF: Tensor, x_MD: Tensor, spans: Sequence[tuple[int, int, int, int]], E: int) -> Tensor:

@@ -51,9 +51,40 @@ class Branching(Packed):
         super().__init__(lengths)
         self.rows_M, self.first_T = rows_M, first_T
 
+        again = torch.ones(len(rows_M), dtype=torch.bool).index_fill(0, first_T, False)
+        self.again = again.nonzero()[:, 0]  # rows that lie elsewhere already
+
     def heads(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float) -> Tensor:
-        q, k, v = (x.index_select(0, self.rows_M) for x in (q_THK, k_TGK, v_TGV))
-        return super().heads(layer, q, k, v, scale).index_select(0, self.first_T)
+        q, k, v = (_Laid.apply(x, self) for x in (q_THK, k_TGK, v_TGV))
+        return _First.apply(super().heads(layer, q, k, v, scale), self)  # type: ignore[return-value]
+
+
+class _Laid(torch.autograd.Function):
+    """Rows [T, …] as segments have them, [M, …]. The few that lie in several get the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, to: Branching) -> Tensor:
+        ctx.to = to
+        return x.index_select(0, to.rows_M)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        to, dx = ctx.to, dy.index_select(0, ctx.to.first_T)
+        return dx.index_add_(0, to.rows_M[to.again], dy[to.again]), None
+
+
+class _First(torch.autograd.Function):
+    """The way back: of rows that lie in several segments, those of the first."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, to: Branching) -> Tensor:
+        ctx.to = to
+        return x.index_select(0, to.first_T)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx = dy.new_zeros(len(ctx.to.rows_M), *dy.shape[1:])
+        return dx.index_copy_(0, ctx.to.first_T, dy), None
 
 
 @dataclass(frozen=True)
@@ -174,16 +205,16 @@ def batched(answers: Sequence[Graded], version: int) -> Rollout:
         torch.tensor(layout.tokens), torch.tensor(layout.targets), torch.tensor(layout.positions),
         tuple(layout.lengths), 0, tuple(a.sample.seed for a in answers),
     )  # fmt: skip
-    attend, n_S = layout.attend(), torch.tensor([len(a.sample.tokens) for a in answers])
+    attend, n_S = layout.attend(), [len(a.sample.tokens) for a in answers]
     stamps = torch.tensor([v for a in answers for v in a.sample.versions])
     return Rollout(
         batch,
         attend,
-        n_S,
+        torch.tensor(n_S),
         torch.tensor([p for a in answers for p in a.sample.logprobs]),
         stamps == version,
-        torch.tensor([a.advantage for a in answers]).repeat_interleave(n_S),
-        torch.tensor([a.weight for a in answers]).repeat_interleave(n_S),
+        torch.from_numpy(np.repeat(np.float32([a.advantage for a in answers]), n_S)),
+        torch.from_numpy(np.repeat(np.float32([a.weight for a in answers]), n_S)),
         _routes(answers, attend),
     )
 

@@ -41,6 +41,7 @@ from shoal.train.step import StepResult, TrainState, train_step
 from shoal.train.stop import Stop
 
 KEPT_GROUPS = 2  # of a step, written down token by token for `shoal samples`
+PROMPT_TOKENS = 4096  # that the engine reads at a time: nobody waits for a first one
 SAMPLES, JUDGED = "rollouts.jsonl", "judged.jsonl"
 
 
@@ -132,7 +133,8 @@ def train_config(config: RLConfig, model: Transformer) -> PretrainConfig:
 
 def engine_for(config: RLConfig, model: Transformer) -> LocalEngine:
     """With room for every answer of a step at once. Where it costs little, no row's numbers depend on another's."""
-    return LocalEngine(model, cache_bytes(config, model), longest(config), deterministic=native.takes(model))
+    whole = native.takes(model)
+    return LocalEngine(model, cache_bytes(config, model), longest(config), PROMPT_TOKENS, deterministic=whole)
 
 
 def cache_bytes(config: RLConfig, model: Transformer) -> int:

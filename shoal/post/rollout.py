@@ -125,11 +125,10 @@ class Rollouts:
             if result.finish == "error":
                 got = f"the engine failed on a rollout: {result.error}"
                 raise TrainingError(got, "finite weights and a running engine", "look at the log, then --resume")
-            for token in result.tokens:
-                assert token.logprob is not None
-                sample.tokens.append(token.id)
-                sample.logprobs.append(token.logprob)
-                sample.versions.append(self.version)
+            sample.tokens += [token.id for token in result.tokens]
+            sample.logprobs += [p for _, p, _ in result.tokens if p is not None]
+            sample.versions += [self.version] * len(result.tokens)
+            assert len(sample.logprobs) == len(sample.tokens)
             sample.routes_TLK = result.routes
             if result.finish == "stop" or len(sample.tokens) >= self.config.max_tokens:
                 sample.finish = "stop" if result.finish == "stop" else "length"

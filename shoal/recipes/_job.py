@@ -156,8 +156,10 @@ def plan_here(
 
 
 def economy_of(config: PretrainConfig, machine: hardware.Machine) -> Economy:
-    work = flops.training(config.model, config.batch.context)
-    return Economy(work.total - work.mtp, machine.peak_flops(config.dtype), machine.price_per_hour, work.mtp)
+    def flops_of(context: int, mtp: bool) -> float:
+        return flops.training(config.model, context, float(mtp)).total
+
+    return Economy(flops_of, machine.peak_flops(config.dtype), machine.price_per_hour)
 
 
 def described(corpus: Corpus) -> str:
@@ -184,7 +186,7 @@ def finish(
     write_samples(run, corpus, state)
     next_command = f'shoal generate {typed(run)} --prompt "def main("'
     account = cost.account(
-        config.model, config.batch.context, c.tokens, c.seconds, machine, config.dtype,
+        config.model, config.batch.mean_context, c.tokens, c.seconds, machine, config.dtype,
         mtp_share=config.loss.mtp_share, steps=c.step,
         peak_memory_bytes=int(run.series("memory/peak_gib")[1][-1] * 2**30), bits_per_byte=score.bits_per_byte,
     )  # fmt: skip

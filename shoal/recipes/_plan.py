@@ -22,7 +22,7 @@ from shoal.recipes._machine import Here
 from shoal.recipes._teller import Teller
 from shoal.recipes.quickstart import LADDER, TOKENS_PER_ACTIVE
 from shoal.tasks.catalog import GENERATORS
-from shoal.train import pairs
+from shoal.train import pairs, schedule
 from shoal.train.config import PretrainConfig
 from shoal.train.pretrain import training_loader
 from shoal.train.step import TrainState, train_step
@@ -125,7 +125,7 @@ def plan_of(config: PretrainConfig, measured: size.Measured, here: Here, teller:
         assert config.steps is not None
         seconds = measured.step_seconds(config.batch.accumulate)
         account = cost.account(
-            config.model, config.batch.context, config.steps * config.batch.tokens, config.steps * seconds,
+            config.model, config.batch.mean_context, config.steps * config.batch.tokens, config.steps * seconds,
             machine, config.dtype, mtp_share=config.loss.mtp_share, steps=config.steps,
             peak_memory_bytes=int(need.total * memory.OVERHEAD),
         )  # fmt: skip
@@ -142,22 +142,23 @@ def plan_of(config: PretrainConfig, measured: size.Measured, here: Here, teller:
 def timed_step(config: PretrainConfig, corpus: Corpus, device: str) -> size.Measured:
     """Steps of a throw-away model on real text: the median of three after one that warms up, and of three updates.
 
-    Multi-token modules at work and at rest are timed apart, and weighed by their shares of the run.
+    Windows of each length, and multi-token modules at work and at rest, are timed apart, and weighed by their shares of
+    the run.
     """
-    one, share = replace(config.batch, accumulate=1), config.loss.mtp_share if config.model.n_mtp else 0.0
+    one = replace(config.batch, accumulate=1)
     trial = replace(config, batch=one, steps=1000, minutes=None)
     state, loader = TrainState(trial, device), training_loader(trial, corpus)
     seconds = 0.0
-    for weight, of_run in ((1.0, share), (0.0, 1 - share)):
-        if of_run > 0:
-            loss = replace(config.loss, mtp_from=0.0, mtp_weight=weight, mtp_final=weight)
-            state.config = replace(trial, loss=loss)
-            steps = [seconds_of(train_step, state, [loader.batch(i * one.samples)]) for i in range(4)]
-            seconds += of_run * median(steps[1:])
+    for (context, mtp), share in schedule.phases(config).items():
+        windows = loader.cut(context)
+        loss = replace(config.loss, mtp_from=0.0, mtp_weight=float(mtp), mtp_final=float(mtp))
+        state.config = replace(trial, loss=loss)
+        steps = [seconds_of(train_step, state, [windows.batch(i * windows.samples_per_batch)]) for i in range(4)]
+        seconds += share * median(steps[1:])
     zeros = [torch.zeros_like(slot.weight) for slot in state.optimizer.slots]
     update = median(seconds_of(state.optimizer.step, zeros, 5, 0.0, 1.0) for _ in range(3))
     micro, start = max(seconds - update, 1e-4), seconds_of_start(config, corpus, device)
-    return size.Measured(config.model, one.context, one.tokens, micro, update, config.loss.mtp_share, start)
+    return size.Measured(config.model, one.mean_context, one.tokens, micro, update, config.loss.mtp_share, start)
 
 
 def seconds_of_start(config: PretrainConfig, corpus: Corpus, device: str) -> float:

@@ -47,18 +47,38 @@ def require_bf16(precision: str, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """A step sees `context · samples · accumulate` tokens; `samples` windows go through the model at once."""
+    """A step sees `context · samples · accumulate` tokens; `samples` windows go through the model at once.
+
+    Until the share `grow_at` of the run, windows have `first_context` tokens where that is less, and there are the more
+    of them.
+    """
 
     context: int = 512
     samples: int = 8
     accumulate: int = 1
+    first_context: int | None = None
+    grow_at: float = 0.0
 
     def __post_init__(self):
         require(self, "batch.", context=AT_LEAST_ONE, samples=AT_LEAST_ONE, accumulate=AT_LEAST_ONE)
+        require(self, "batch.", first_context=AT_LEAST_ONE, grow_at=SHARE)
+        if self.context % self.shortest:
+            got = f"batch.first_context = {self.first_context} and a context of {self.context}"
+            raise ConfigError(got, "a divisor of batch.context", f"set --batch.first_context {self.context // 2}")
 
     @property
     def tokens(self) -> int:
         return self.context * self.samples * self.accumulate
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of a window before it grows."""
+        return min(self.first_context or self.context, self.context)
+
+    @property
+    def mean_context(self) -> int:
+        """Of a window, over the run."""
+        return round(self.context - self.grow_at * (self.context - self.shortest))
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     momentum: float = 0.95
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: int = 4
     muon_rms: float = 0.2
     clip: float = 1.0
 

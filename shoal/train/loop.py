@@ -33,13 +33,12 @@ SKIPPED = "skipped.jsonl"
 class Economy:
     """What a token takes and a second gives: for MFU and cost. `usd_per_hour` is None where nobody knows.
 
-    `mtp_flops_per_token` are of multi-token modules, spent only where they don't rest.
+    `flops_of` a token: in windows of so many, with multi-token modules at work or at rest.
     """
 
-    flops_per_token: float
+    flops_of: Callable[[int, bool], float]
     peak_flops: float
     usd_per_hour: float | None = None
-    mtp_flops_per_token: float = 0.0
 
 
 def steps_left(state: TrainState) -> int:
@@ -128,8 +127,8 @@ def measured(
     if result.loads_LE is not None:
         metrics["moe/load_max_over_mean"] = result.load_max_over_mean
     if economy is not None:
-        work = economy.flops_per_token + (0.0 if result.mtp_loss is None else economy.mtp_flops_per_token)
-        metrics["speed/mfu"] = speed * work / economy.peak_flops
+        context = len(batches[0].tokens_T) // len(batches[0].ids)
+        metrics["speed/mfu"] = speed * economy.flops_of(context, result.mtp_loss is not None) / economy.peak_flops
     if economy is not None and economy.usd_per_hour is not None:
         metrics["cost/usd"] = c.seconds / 3600 * economy.usd_per_hour
     return metrics

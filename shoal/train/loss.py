@@ -22,7 +22,7 @@ from shoal.model.moe import Routes
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 
-CHUNK_BYTES = 64 << 20  # of logits at a time
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of logits at a time: a CPU's stay in its cache
 UNPREDICTED = -100
 
 Runner = Callable[..., tuple[Tensor, Routes | None]]  # runs a layer on its arguments, recomputing it for example
@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def chunks(T: int, weight_VD: Tensor) -> list[slice]:
     """Equal slices of T rows, each with at most CHUNK_BYTES of logits."""
-    n = max(1, -(-T * len(weight_VD) * weight_VD.element_size() // CHUNK_BYTES))
+    n = max(1, -(-T * len(weight_VD) * weight_VD.element_size() // CHUNK_BYTES[weight_VD.device.type]))
     size = -(-T // n)
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 

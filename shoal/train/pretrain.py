@@ -16,7 +16,7 @@ from shoal.model.attend import Packed
 from shoal.model.mtp import MTP
 from shoal.model.transformer import Transformer
 from shoal.run import Run
-from shoal.train import pairs
+from shoal.train import pairs, schedule
 from shoal.train.checkpoint import Saver
 from shoal.train.config import PretrainConfig
 from shoal.train.loop import (
@@ -78,7 +78,7 @@ def pretrain(
             if result.skipped:
                 keep_evidence(state, run, batches, result, say)
             if score_due(state, before):
-                metrics |= scored(state.model, corpus.val, corpus, config, config.eval.tokens)
+                metrics |= scored(state, corpus)
                 clock.went_aside()
                 replan(state, clock)
             run.log(state.counters.step, metrics | stall)  # before the save: a resumed run never lacks a line
@@ -114,8 +114,9 @@ def prepare_weights(state: TrainState, split: Split, say: Callable[[str], None])
 
 
 def next_batches(state: TrainState, loader: Loader) -> list[Batch]:
-    b = state.config.batch
-    return [loader.batch(state.counters.samples + i * b.samples) for i in range(b.accumulate)]
+    b, c = state.config.batch, state.counters
+    loader = loader.cut(schedule.context(b, c.progress))
+    return [loader.batch(c.samples + i * loader.samples_per_batch) for i in range(b.accumulate)]
 
 
 def training_loader(config: PretrainConfig, corpus: Corpus) -> Loader:
@@ -131,19 +132,24 @@ def score_due(state: TrainState, before: float) -> bool:
     return done < passed < times
 
 
-def scored(
-    model: Transformer, split: Split, corpus: Corpus, config: PretrainConfig, tokens: int | None
-) -> dict[str, float]:
-    """Held-out bits per byte, and how often a second token would be accepted."""
-    score = held_out_score(model, split, corpus, config, tokens)
+def scored(state: TrainState, corpus: Corpus) -> dict[str, float]:
+    """On the way: held-out bits per byte, and how often a second token would be accepted."""
+    config = state.config
+    score = held_out_score(state.model, corpus.val, corpus, config, config.eval.tokens, state.counters.progress)
     found = {"eval/bits_per_byte": score.bits_per_byte}
     return found if score.mtp_accept is None else found | {"eval/mtp_accept": score.mtp_accept}
 
 
 def held_out_score(
-    model: Transformer, split: Split, corpus: Corpus, config: PretrainConfig, tokens: int | None
+    model: Transformer,
+    split: Split,
+    corpus: Corpus,
+    config: PretrainConfig,
+    tokens: int | None,
+    progress: float = 1.0,
 ) -> Score:
-    context = config.eval.context or config.batch.context
+    """In windows as long as those that the model trains on by then."""
+    context = config.eval.context or schedule.context(config.batch, progress)
     lengths = corpus.tokenizer.byte_lengths()
     batches = eval_batches(split, lengths, context, max(context, EVAL_TOKENS), tokens)
     return evaluate(model, batches, Packed)

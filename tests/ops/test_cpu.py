@@ -99,6 +99,46 @@ def test_experts_rows_go_out_and_come_back(experts: int, chosen: int):
     )
 
 
+@pytest.mark.parametrize("counts", [[1, 0, 700, 6, 13], [24, 0], [5, 385, 0, 768]])
+@pytest.mark.parametrize("K, N", [(16, 80), (272, 64), (48, 208), (528, 16)])
+def test_grouped_products_of_any_number_of_rows(counts: list[int], K: int, N: int):
+    inputs = [bf16(sum(counts), K), bf16(len(counts), N, K, seed=1)]
+    counts_E = torch.tensor(counts)
+    assert cpu.takes_product(*inputs, K, N)
+    twins(
+        lambda x, w: dispatch.grouped_linear(x, w, counts_E),
+        lambda x, w: reference.grouped_linear(x, w, counts_E),
+        inputs,
+    )
+    dy = bf16(sum(counts), N, seed=2)
+    ours, torchs = (dispatch.grouped_weight_gradient(x, inputs[0].to(x.dtype), counts_E) for x in (dy, dy.float()))
+    assert relative_error(ours, torchs) < 6e-3 and not ours[torch.tensor(counts) == 0].any()
+
+
+def test_products_of_rows_that_lie_apart():
+    """Columns of a wider tensor, and a gradient whose rows are all one."""
+    wide, weight = bf16(37, 80), bf16(48, 32, seed=1)
+    product = lambda times: lambda x, w: times(x[:, 16:48], w)  # noqa: E731
+    twins(product(dispatch.linear), product(torch.nn.functional.linear), [wide, weight])
+    weight.requires_grad_()
+    dispatch.linear(wide[:, 16:48], weight).sum().backward()
+    assert weight.grad is not None
+    assert relative_error(weight.grad, wide[:, 16:48].float().sum(0).expand(48, 32)) < 6e-3
+
+
+def test_products_are_torchs_where_it_has_amx_and_where_rows_are_few(monkeypatch):
+    x, stacked, counts_E = bf16(100, 32), bf16(3, 48, 32, seed=1), torch.tensor([40, 0, 60])
+    assert cpu.takes_product(x, stacked, 48, 32) and not cpu.takes_product(x[:23], stacked, 48, 32)
+    assert not cpu.takes_product(x, stacked, 40, 32) and not cpu.takes_product(x.float(), stacked, 48, 32)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: cpu.NEEDED | {"amx_bf16"})
+    assert not cpu.takes_product(x, stacked, 48, 32)
+    twins(
+        lambda x, w: dispatch.grouped_linear(x, w, counts_E),
+        lambda x, w: reference.grouped_linear(x, w, counts_E),
+        [x, stacked],
+    )
+
+
 @pytest.mark.parametrize("lengths", [[200], [64, 1, 63, 65, 7]])
 @pytest.mark.parametrize("H, G, K, V", [(4, 4, 96, 64), (6, 2, 64, 64), (2, 1, 32, 48), (2, 2, 192, 128)])
 def test_attention(lengths: list[int], H: int, G: int, K: int, V: int):

@@ -36,19 +36,20 @@ static void backward_head(const Head *h, bf16 *work) {
     float S[TILE * TILE] __attribute__((aligned(64))), D[TILE * TILE] __attribute__((aligned(64)));
     bf16 P[TILE * TILE] __attribute__((aligned(64))), packed_P[TILE * TILE] __attribute__((aligned(64)));
     for (i64 j = 0; j < tiles; j++) {
-        copy_tile(h->k + j * TILE * h->ks, h->ks, rows_in(L, j), K, q);
-        pack_transposed(q, K, kt + j * TILE * K);
-        pack_rows(TILE, q, K, kr + j * TILE * K);
-        copy_tile(h->v + j * TILE * h->vs, h->vs, rows_in(L, j), V, q);
-        pack_transposed(q, V, vt + j * TILE * V);
+        i64 n = rows_in(L, j);
+        copy_tile(h->k + j * TILE * h->ks, h->ks, n, K, q);
+        pack_transposed(n, q, K, kt + j * TILE * K);
+        pack_pairs(q, K, up(n, 16), K, kr + j * TILE * K, K);
+        copy_tile(h->v + j * TILE * h->vs, h->vs, n, V, q);
+        pack_transposed(n, q, V, vt + j * TILE * V);
     }
     for (i64 i = 0; i < tiles; i++) {
         i64 n = rows_in(L, i), rows = up(n, 4);
         float delta[TILE] = {0}, lse[TILE];
         copy_tile(h->q + i * TILE * h->qs, h->qs, n, K, q);
         copy_tile(h->d_o + i * TILE * h->os, h->os, n, V, go);
-        pack_rows(rows, q, K, packed_q);
-        pack_rows(rows, go, V, packed_go);
+        pack_pairs(q, K, rows, K, packed_q, K);
+        pack_pairs(go, V, rows, V, packed_go, V);
         memset(dQ, 0, TILE * K * sizeof(float));
         for (i64 r = 0; r < TILE; r++) lse[r] = r < n ? h->lse[(i * TILE + r) * h->lse_stride] : INFINITY;
         for (i64 r = 0; r < n; r++) {
@@ -72,10 +73,10 @@ static void backward_head(const Head *h, bf16 *work) {
                     _mm512_storeu_ps(D + at, _mm512_mul_ps(_mm512_mul_ps(p, d), scale));
                 }
             narrow(rows, S, P);
-            pack_rows(rows, P, TILE, packed_P);
+            pack_pairs(P, TILE, rows, TILE, packed_P, TILE);
             mix_transposed(rows, keys, packed_P, packed_go, V, h->dv + j * TILE * V);
             narrow(rows, D, P);
-            pack_rows(rows, P, TILE, packed_P);
+            pack_pairs(P, TILE, rows, TILE, packed_P, TILE);
             mix_transposed(rows, keys, packed_P, packed_q, K, h->dk + j * TILE * K);
             mix(rows, keys, P, kr + j * TILE * K, K, dQ);
         }

@@ -3,7 +3,6 @@
 #include "step.h"
 
 #define BLOCK 16 /* outputs in a task */
-#define PANEL 64 /* outputs in a task with many rows */
 
 /* The sums of 16 vectors' lanes, each in the same order: [16]. */
 INLINE __m512 sums(const __m512 *v) {
@@ -20,7 +19,6 @@ INLINE __m512 sums(const __m512 *v) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
-INLINE __m512bh pairs(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
 INLINE __m512bh half_pairs(const bf16 *p) { return (__m512bh)_mm512_maskz_loadu_epi32(0xff, p); }
 
 /* tile[m][n] = x_m · w_n for MR rows of x and 16 / MR rows of w, K apart. Fresh weights are read one row after the

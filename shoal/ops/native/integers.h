@@ -9,8 +9,7 @@
 #include "quantised.h"
 #include "tiles.h"
 
-#define MOST_ROWS 6 /* that meet a panel at a time */
-#define SHARE 128   /* inputs with one scale, at most */
+#define SHARE 128 /* inputs with one scale, at most */
 
 typedef struct { /* of a group of a row's inputs */
     float scale;

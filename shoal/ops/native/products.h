@@ -6,35 +6,6 @@
 
 #define MANY 24     /* rows for which packing a panel pays */
 
-/* 16 rows of D pieces of 4 bytes, D apart, as 16 columns of a panel [D][PANEL]. */
-static void pack(const void *w, i64 D, void *panel) {
-    for (i64 d = 0; d < D; d += 16) {
-        __m512i r[16], a[16];
-        __mmask16 valid = D - d < 16 ? (1 << (D - d)) - 1 : 0xffff;
-        for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(valid, (const char *)w + 4 * (i * D + d));
-        for (int i = 0; i < 16; i += 2) {
-            a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-            a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4) {
-            r[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-            r[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-            r[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-            r[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-        }
-        for (int i = 0; i < 4; i++) {
-            __m512i even = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), odd = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-            __m512i more_even = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-            __m512i more_odd = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-            a[i] = _mm512_shuffle_i32x4(even, more_even, 0x88);
-            a[4 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
-            a[8 + i] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
-            a[12 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
-        }
-        for (i64 i = 0; i < 16 && d + i < D; i++) _mm512_storeu_si512((char *)panel + 4 * (d + i) * PANEL, a[i]);
-    }
-}
-
 /* tile[m] = 6 rows of x times NV · 16 columns of a panel. */
 INLINE void panel_product(const int NV, const bf16 *const *x, const bf16 *panel, i64 K, float (*tile)[PANEL]) {
     __m512 acc[MOST_ROWS][4];

@@ -58,9 +58,6 @@ typedef struct {
     const Instruction **whose; /* made for these instructions */
 } Worker;
 
-INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
-
 /* As a bf16 that was written and read again. */
 INLINE __m512 rounded(__m512 x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));

@@ -6,9 +6,9 @@
  * packed[inner/2][columns][2]. Shapes: L queries, S keys, K query and key dims, V value dims (multiples of 16).
  */
 #pragma once
-#include "kernels.h"
+#include "panels.h"
 
-#define TILE 64
+#define TILE PANEL
 
 /* MR rows by NV vectors of C (fp32), onto what stands there if `add`: A · B. A's pairs lie `row` apart between rows and
  * `step` along the inner dimension; B is packed with `columns` columns. */
@@ -63,26 +63,13 @@ static void copy_tile(const bf16 *x, i64 stride, i64 n, i64 dims, bf16 *tile) {
     memset(tile + n * dims, 0, (TILE - n) * dims * sizeof(bf16));
 }
 
-/* tile [rows, dims] → packed for products over rows, an even number: [rows/2][dims][2] */
-static void pack_rows(i64 rows, const bf16 *tile, i64 dims, bf16 *packed) {
-    for (i64 r = 0; r < rows; r += 2)
-        for (i64 d = 0; d < dims; d += 16) {
-            __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(tile + r * dims + d)));
-            __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(tile + (r + 1) * dims + d)));
-            _mm512_storeu_si512(packed + r * dims + 2 * d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-        }
-}
-
-/* tile [TILE, dims] → packed transpose for products over dims: [dims/2][TILE][2] */
-static void pack_transposed(const bf16 *tile, i64 dims, bf16 *packed) {
-    const uint32_t *pairs = (const uint32_t *)tile;
-    uint32_t *out = (uint32_t *)packed;
-    for (i64 d = 0; d < dims / 2; d++)
-        for (i64 r = 0; r < TILE; r++) out[d * TILE + r] = pairs[r * (dims / 2) + d];
-}
-
 /* n, rounded up to a multiple of `to`. */
 static i64 up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+/* The first rows of a tile [TILE, dims] → packed transpose for products over dims: [dims/2][TILE][2] */
+static void pack_transposed(i64 rows, const bf16 *tile, i64 dims, bf16 *packed) {
+    for (i64 r = 0; r < rows; r += 16) pack(tile + r * dims, dims / 2, packed + 2 * r);
+}
 
 static i64 rows_in(i64 L, i64 tile) { return L - tile * TILE < TILE ? L - tile * TILE : TILE; }
 
@@ -100,10 +87,11 @@ static void forward_head(const bf16 *q, i64 qs, const bf16 *k, i64 ks, const bf1
     float X[TILE * TILE] __attribute__((aligned(64))), *O = (float *)(tile + TILE * (K > V ? K : V));
     bf16 P[TILE * TILE] __attribute__((aligned(64)));
     for (i64 j = 0; j < tiles; j++) {
-        copy_tile(k + j * TILE * ks, ks, rows_in(S, j), K, tile);
-        pack_transposed(tile, K, packed_k + j * TILE * K);
-        copy_tile(v + j * TILE * vs, vs, rows_in(S, j), V, tile);
-        pack_rows(TILE, tile, V, packed_v + j * TILE * V);
+        i64 n = rows_in(S, j);
+        copy_tile(k + j * TILE * ks, ks, n, K, tile);
+        pack_transposed(n, tile, K, packed_k + j * TILE * K);
+        copy_tile(v + j * TILE * vs, vs, n, V, tile);
+        pack_pairs(tile, V, up(n, 16), V, packed_v + j * TILE * V, V);
     }
     for (i64 i = 0; i * TILE < L; i++) {
         i64 n = rows_in(L, i), rows = up(n, 4);
