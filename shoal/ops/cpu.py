@@ -293,28 +293,32 @@ class WeighRows(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention inside each segment: q [T, H, K], k [T, G, K], v [T, G, V] → [T, H, V]. Scores are fp32."""
+    """Causal attention inside each segment: q [T, H, K], k [T, G, K], v [T, G, V] → [T, H, V]. Scores are fp32.
+
+    Segments are those of `rows`, from starts[s] to starts[s + 1]; the first shared[s] of them an earlier one has, too.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, shared: Tensor, scale: float):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         (T, H, K), (G, V) = q.shape, v.shape[1:]
         o, lse = q.new_empty(T, H, V), torch.empty(T, H, dtype=torch.float32)
-        if call("attention_forward", q, k, v, o, lse, starts, len(starts) - 1, H, G, K, V, float(scale)):
+        where = (starts, len(shared), rows, shared)
+        if call("attention_forward", q, k, v, o, lse, *where, H, G, K, V, float(scale)):
             raise MemoryError("no room for attention's tiles")
-        ctx.save_for_backward(q, k, v, o, lse, starts)
+        ctx.save_for_backward(q, k, v, o, lse, starts, rows, shared)
         ctx.scale = float(scale)
         return o
 
     @staticmethod
     def backward(ctx, d_o: Tensor):
-        q, k, v, o, lse, starts = ctx.saved_tensors
+        q, k, v, o, lse, starts, rows, shared = ctx.saved_tensors
         (_, H, K), (G, V) = q.shape, v.shape[1:]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        shape = (len(starts) - 1, H, G, K, V, ctx.scale)
-        if call("attention_backward", q, k, v, o, lse, d_o.contiguous(), dq, dk, dv, starts, *shape):
+        where = (starts, len(shared), rows, shared)
+        if call("attention_backward", q, k, v, o, lse, d_o.contiguous(), dq, dk, dv, *where, H, G, K, V, ctx.scale):
             raise MemoryError("no room for attention's tiles")
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None, None
 
 
 def run(name: str, code, n: int, step, *more: Tensor | ctypes.Array | int) -> int:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import accumulate, groupby
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -200,12 +202,51 @@ def causal_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, lengths: Seque
     G key-value heads serve H query heads in order. `lengths` sum to T.
     """
     if cpu.takes(q_THK, q_THK.shape[-1], v_TGV.shape[-1]):
-        starts = torch.tensor([0, *accumulate(lengths)])
-        return cpu.Attention.apply(q_THK, k_TGK, v_TGV, starts, scale)  # type: ignore[return-value]
+        where = (
+            torch.tensor([0, *accumulate(lengths)]),
+            torch.arange(len(q_THK)),
+            torch.zeros(len(lengths), dtype=torch.int64),
+        )
+        return cpu.Attention.apply(q_THK, k_TGK, v_TGV, *where, scale)  # type: ignore[return-value]
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]  # neighbours of equal length in one call
     rows = [length * count for length, count in runs]
     parts = zip(*(x.split(rows) for x in (q_THK, k_TGK, v_TGV)), runs, strict=True)
     return torch.cat([reference.causal_attention(q, k, v, scale, length) for q, k, v, (length, _) in parts])
+
+
+class Branches(NamedTuple):
+    """Segments of which some begin alike: what they share lies there once.
+
+    Segment s is the rows rows_M[starts[s] : starts[s + 1]]. Its first shared[s] rows are those that the last segment
+    before it which shares nothing begins with; the others are its own, one after the other.
+    """
+
+    lengths: tuple[int, ...]
+    starts: Tensor
+    rows_M: Tensor
+    shared: Tensor
+    first_T: Tensor  # where in rows_M each row comes first
+
+    @classmethod
+    def of(cls, segments: Sequence[Sequence[range]]) -> "Branches":
+        """Segments as stretches of rows; each row is in one of them, at least."""
+        lengths = [sum(map(len, spans)) for spans in segments]
+        rows_M = np.concatenate([np.arange(span.start, span.stop) for spans in segments for span in spans])
+        starts = np.cumsum([0, *lengths])
+        first_T = np.empty(rows_M.max() + 1, np.int64)
+        first_T[rows_M[::-1]] = np.arange(len(rows_M))[::-1]
+        again_M = first_T[rows_M] < np.arange(len(rows_M))
+        shared = np.add.reduceat(again_M, starts[:-1], dtype=np.int64)
+        return cls(tuple(lengths), *map(torch.from_numpy, (starts, rows_M, shared, first_T)))
+
+
+def branching_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, to: Branches, scale: float) -> Tensor:
+    """`causal_attention` of segments that share what they begin with."""
+    if cpu.takes(q_THK, q_THK.shape[-1], v_TGV.shape[-1]):
+        where = (to.starts, to.rows_M, to.shared)
+        return cpu.Attention.apply(q_THK, k_TGK, v_TGV, *where, scale)  # type: ignore[return-value]
+    q, k, v = (x.index_select(0, to.rows_M) for x in (q_THK, k_TGK, v_TGV))
+    return causal_attention(q, k, v, to.lengths, scale).index_select(0, to.first_T)
 
 
 def paged_attention(

@@ -43,48 +43,14 @@ class Graded(NamedTuple):
 
 
 class Branching(Packed):
-    """Segments that begin alike and lie there once. `rows_M` are the batch's rows of each segment, one segment after
-    the other and `lengths` long; `first_T` says where among those a row comes first.
-    """
+    """Segments that begin alike and lie there once."""
 
-    def __init__(self, lengths: Sequence[int], rows_M: Tensor, first_T: Tensor):
-        super().__init__(lengths)
-        self.rows_M, self.first_T = rows_M, first_T
-
-        again = torch.ones(len(rows_M), dtype=torch.bool).index_fill(0, first_T, False)
-        self.again = again.nonzero()[:, 0]  # rows that lie elsewhere already
+    def __init__(self, branches: ops.Branches):
+        super().__init__(branches.lengths)
+        self.branches = branches
 
     def heads(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, scale: float) -> Tensor:
-        q, k, v = (_Laid.apply(x, self) for x in (q_THK, k_TGK, v_TGV))
-        return _First.apply(super().heads(layer, q, k, v, scale), self)  # type: ignore[return-value]
-
-
-class _Laid(torch.autograd.Function):
-    """Rows [T, …] as segments have them, [M, …]. The few that lie in several get the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, to: Branching) -> Tensor:
-        ctx.to = to
-        return x.index_select(0, to.rows_M)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        to, dx = ctx.to, dy.index_select(0, ctx.to.first_T)
-        return dx.index_add_(0, to.rows_M[to.again], dy[to.again]), None
-
-
-class _First(torch.autograd.Function):
-    """The way back: of rows that lie in several segments, those of the first."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, to: Branching) -> Tensor:
-        ctx.to = to
-        return x.index_select(0, to.first_T)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        dx = dy.new_zeros(len(ctx.to.rows_M), *dy.shape[1:])
-        return dx.index_copy_(0, ctx.to.first_T, dy), None
+        return ops.branching_attention(q_THK, k_TGK, v_TGV, self.branches, scale)
 
 
 @dataclass(frozen=True)
@@ -185,11 +151,7 @@ class Layout:
             n -= len(part)
 
     def attend(self) -> Branching:
-        rows_M = np.concatenate([np.asarray(span) for spans in self.segments for span in spans])
-        first_T = np.empty(len(self.tokens), np.int64)
-        first_T[rows_M[::-1]] = np.arange(len(rows_M))[::-1]
-        lengths = [sum(map(len, spans)) for spans in self.segments]
-        return Branching(lengths, torch.from_numpy(rows_M), torch.from_numpy(first_T))
+        return Branching(ops.Branches.of(self.segments))
 
 
 def batched(answers: Sequence[Graded], version: int) -> Rollout:
@@ -213,8 +175,8 @@ def batched(answers: Sequence[Graded], version: int) -> Rollout:
         torch.tensor(n_S),
         torch.tensor([p for a in answers for p in a.sample.logprobs]),
         stamps == version,
-        torch.from_numpy(np.repeat(np.float32([a.advantage for a in answers]), n_S)),
-        torch.from_numpy(np.repeat(np.float32([a.weight for a in answers]), n_S)),
+        torch.from_numpy(np.repeat(np.array([a.advantage for a in answers], np.float32), n_S)),
+        torch.from_numpy(np.repeat(np.array([a.weight for a in answers], np.float32), n_S)),
         _routes(answers, attend),
     )
 
@@ -223,7 +185,7 @@ def _routes(answers: Sequence[Graded], attend: Branching) -> Tensor | None:
     """Experts of each row, what fills the batch up included; None where any answer lacks them."""
     known = [a.sample.routes_TLK for a in answers]
     parts = [routes[:n] for routes, n in zip(cycle(known), attend.lengths) if routes is not None]
-    return torch.cat(parts)[attend.first_T] if len(parts) == len(attend.lengths) else None
+    return torch.cat(parts)[attend.branches.first_T] if len(parts) == len(attend.lengths) else None
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 from shoal.train.config import OptimConfig
 
-NEWTON_SCHULZ = (  # a, b, c of each step, minimax: singular values in (0, 1] come to 1 ± 0.2; further steps take the last
+NEWTON_SCHULZ = (  # a, b, c of each step, minimax: singular values in (0, 1] come to 1 ± 0.2; more steps take the last
     (8.3794, -24.7478, 18.3416),
     (4.0433, -3.0131, 0.5702),
     (3.5061, -2.6283, 0.5263),

@@ -150,6 +150,31 @@ def test_attention(lengths: list[int], H: int, G: int, K: int, V: int):
     twins(lambda q, k, v: dispatch.causal_attention(q, k, v, lengths, 0.2), slow, inputs, tolerance=1e-2)
 
 
+@pytest.mark.parametrize("prefix, tails", [(10, [33, 1, 60]), (64, [7, 64]), (130, [70, 5, 64]), (0, [9, 12])])
+@pytest.mark.parametrize("H, G, K, V", [(4, 4, 96, 64), (6, 2, 64, 64)])
+def test_attention_of_segments_that_begin_alike(prefix: int, tails: list[int], H: int, G: int, K: int, V: int):
+    """Twice a prefix and what follows it, and a segment by itself: as if each segment lay there whole."""
+    segments, at = [], 0
+    for _ in range(2):
+        shared, at = range(at, at + prefix), at + prefix
+        for n in tails:
+            segments.append([shared, range(at, at + n)])
+            at += n
+    segments.append([range(at, at + 37)])
+    to = dispatch.Branches.of(segments)
+    assert to.shared.tolist() == 2 * [0, *[prefix] * (len(tails) - 1)] + [0]
+
+    def slow(*inputs: Tensor) -> Tensor:
+        q, k, v = (x[to.rows_M] for x in inputs)
+        parts = zip(*(x.split(to.lengths) for x in (q, k, v)), to.lengths, strict=True)
+        return torch.cat([reference.causal_attention(a, b, c, 0.2, n) for a, b, c, n in parts])[to.first_T]
+
+    inputs = [bf16(at + 37, H, K), bf16(at + 37, G, K, seed=1), bf16(at + 37, G, V, seed=2)]
+    twins(lambda q, k, v: dispatch.branching_attention(q, k, v, to, 0.2), slow, inputs, tolerance=1e-2)
+    exact = [x.float() for x in inputs]
+    assert relative_error(dispatch.branching_attention(*exact, to, 0.2), slow(*exact)) < 1e-5
+
+
 def test_attention_keeps_large_scores_finite():
     q = 60 * bf16(130, 1, 32)
     o = dispatch.causal_attention(q, q, bf16(130, 1, 32, seed=1), [130], 1.0)

@@ -45,7 +45,7 @@ def test_packing_changes_no_log_probability(most_tokens):
     m, made = model(), answers()
     found = []
     for rollout in packed(made, 3, most_tokens):
-        assert sum(rollout.batch.lengths) == len(rollout.batch.tokens_T) == len(rollout.attend.first_T)
+        assert sum(rollout.batch.lengths) == len(rollout.batch.tokens_T) == len(rollout.attend.branches.first_T)
         assert not len(rollout.batch.tokens_T) % policy.ROUND
         assert len(rollout.engine_N) == int((rollout.batch.targets_T >= 0).sum()) == int(rollout.lengths_S.sum())
         found += scored(m, rollout).split(rollout.lengths_S.tolist())
@@ -111,7 +111,7 @@ def take_routes(m, rollout, answers) -> torch.Tensor:
     b = rollout.batch
     with torch.no_grad():
         _, routes = m.body(m.embed(b.tokens_T), b.positions_T, rollout.attend)
-    own = torch.stack([r.experts_TK for r in routes], 1)[rollout.attend.rows_M]
+    own = torch.stack([r.experts_TK for r in routes], 1)[rollout.attend.branches.rows_M]
     for answer, its in zip(answers, own.split(rollout.attend.lengths)):
         answer.sample.routes_TLK = its.clone()
     return own

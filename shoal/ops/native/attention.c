@@ -1,5 +1,7 @@
 /* Causal attention over packed segments, forward and backward (FlashAttention-2, arXiv 2307.08691), AVX512-BF16.
  *
+ * Segments may begin alike: what they share lies there once, in the first of them, and attends there.
+ *
  *     S = scale · Q Kᵀ     P = softmax(S)     O = P V
  *     dV = Pᵀ dO     dS = P (dO Vᵀ − rowsum(dO O)) · scale     dQ = dS K     dK = dSᵀ Q
  *
@@ -19,35 +21,37 @@ static void narrow(i64 rows, const float *x, bf16 *plain) {
     for (i64 i = 0; i < rows * TILE; i += 16) store(plain + i, _mm512_loadu_ps(x + i));
 }
 
-typedef struct {
+typedef struct { /* L queries, the last of S tokens, whose keys and values are the rows in order, or listed ones */
     const bf16 *q, *k, *v, *o, *d_o;
     bf16 *dq;
-    float *dk, *dv; /* [L, K], [L, V], zeroed by the caller */
+    float *dk, *dv; /* sums [S, K], [S, V] */
     const float *lse;
-    i64 qs, ks, vs, os, lse_stride, dqs, L, K, V;
+    const i64 *rows_of_S;
+    i64 qs, ks, vs, os, lse_stride, L, S, K, V;
     float scale;
 } Head;
 
 static void backward_head(const Head *h, bf16 *work) {
-    i64 L = h->L, K = h->K, V = h->V, tiles = (L + TILE - 1) / TILE, wide = TILE * (K > V ? K : V);
+    i64 L = h->L, K = h->K, V = h->V, before = h->S - L, tiles = (h->S + TILE - 1) / TILE;
+    i64 wide = TILE * (K > V ? K : V);
     bf16 *kt = work, *kr = kt + tiles * TILE * K, *vt = kr + tiles * TILE * K, *q = vt + tiles * TILE * V;
     bf16 *go = q + wide, *packed_q = go + wide, *packed_go = packed_q + wide;
     float *dQ = (float *)(packed_go + wide);
     float S[TILE * TILE] __attribute__((aligned(64))), D[TILE * TILE] __attribute__((aligned(64)));
     bf16 P[TILE * TILE] __attribute__((aligned(64))), packed_P[TILE * TILE] __attribute__((aligned(64)));
     for (i64 j = 0; j < tiles; j++) {
-        i64 n = rows_in(L, j);
-        copy_tile(h->k + j * TILE * h->ks, h->ks, n, K, q);
+        i64 n = rows_in(h->S, j);
+        copy_tile(h->k, h->ks, h->rows_of_S, j * TILE, n, K, q);
         pack_transposed(n, q, K, kt + j * TILE * K);
         pack_pairs(q, K, up(n, 16), K, kr + j * TILE * K, K);
-        copy_tile(h->v + j * TILE * h->vs, h->vs, n, V, q);
+        copy_tile(h->v, h->vs, h->rows_of_S, j * TILE, n, V, q);
         pack_transposed(n, q, V, vt + j * TILE * V);
     }
-    for (i64 i = 0; i < tiles; i++) {
-        i64 n = rows_in(L, i), rows = up(n, 4);
+    for (i64 i = 0; i * TILE < L; i++) {
+        i64 n = rows_in(L, i), rows = up(n, 4), last = before + i * TILE + n - 1;
         float delta[TILE] = {0}, lse[TILE];
-        copy_tile(h->q + i * TILE * h->qs, h->qs, n, K, q);
-        copy_tile(h->d_o + i * TILE * h->os, h->os, n, V, go);
+        copy_tile(h->q, h->qs, NULL, i * TILE, n, K, q);
+        copy_tile(h->d_o, h->os, NULL, i * TILE, n, V, go);
         pack_pairs(q, K, rows, K, packed_q, K);
         pack_pairs(go, V, rows, V, packed_go, V);
         memset(dQ, 0, TILE * K * sizeof(float));
@@ -58,13 +62,13 @@ static void backward_head(const Head *h, bf16 *work) {
                 dot = _mm512_fmadd_ps(load(go + r * V + d), load(h->o + (i * TILE + r) * h->os + d), dot);
             delta[r] = _mm512_reduce_add_ps(dot);
         }
-        for (i64 j = 0; j <= i; j++) {
-            i64 keys = up(rows_in(L, j), 16);
+        for (i64 j = 0; j * TILE <= last; j++) {
+            i64 keys = up(rows_in(last + 1, j), 16), ahead = before + (i - j) * TILE + 1;
             scores(rows, keys, q, kt + j * TILE * K, K, S);
             scores(rows, keys, go, vt + j * TILE * V, V, D);
             for (i64 r = 0; r < rows; r++)
                 for (i64 c = 0; c < keys / 16; c++) {
-                    i64 open = (j < i ? TILE : r + 1) - 16 * c, at = r * TILE + 16 * c;
+                    i64 open = ahead + r - 16 * c, at = r * TILE + 16 * c;
                     __mmask16 m = open >= 16 ? 0xffff : open <= 0 ? 0 : (__mmask16)((1u << open) - 1);
                     __m512 s = _mm512_loadu_ps(S + at), row = _mm512_set1_ps(lse[r]), scale = _mm512_set1_ps(h->scale);
                     __m512 p = _mm512_maskz_mov_ps(r < n ? m : 0, exp_ps(_mm512_fmsub_ps(s, scale, row)));
@@ -81,7 +85,7 @@ static void backward_head(const Head *h, bf16 *work) {
             mix(rows, keys, P, kr + j * TILE * K, K, dQ);
         }
         for (i64 r = 0; r < n; r++)
-            for (i64 d = 0; d < K; d += 16) store(h->dq + (i * TILE + r) * h->dqs + d, _mm512_loadu_ps(dQ + r * K + d));
+            for (i64 d = 0; d < K; d += 16) store(h->dq + (i * TILE + r) * h->qs + d, _mm512_loadu_ps(dQ + r * K + d));
     }
 }
 
@@ -95,47 +99,58 @@ static i64 longest(const i64 *starts, i64 segments) {
 static char *pieces(i64 bytes) { return aligned_alloc(64, bytes * omp_get_max_threads()); }
 
 /* q [T, H, K], k [T, G, K], v [T, G, V] → o [T, H, V] and lse [T, H]; dense; H a multiple of G; starts has
- * segments + 1. Gives 0, or 1 where memory ran out. */
+ * segments + 1, and counts `rows`: a segment's are `shared` ones, of the first segment before it that shares nothing,
+ * and then its own, one after the other. Gives 0, or 1 where memory ran out. */
 int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *o, float *lse, const i64 *starts, i64 segments,
-                      i64 H, i64 G, i64 K, i64 V, float scale) {
+                      const i64 *rows, const i64 *shared, i64 H, i64 G, i64 K, i64 V, float scale) {
     i64 bytes = forward_bytes(longest(starts, segments), K, V);
     char *memory = pieces(bytes);
     if (!memory) return 1;
 #pragma omp parallel for schedule(dynamic)
     for (i64 task = 0; task < segments * H; task++) {
-        i64 s = task / H, h = task % H, g = h / (H / G), t = starts[s], L = starts[s + 1] - t;
-        forward_head(q + (t * H + h) * K, H * K, k + (t * G + g) * K, G * K, v + (t * G + g) * V, G * V,
-                     o + (t * H + h) * V, H * V, lse + t * H + h, H, L, L, K, V, scale,
+        i64 s = task / H, h = task % H, g = h / (H / G), S = starts[s + 1] - starts[s], L = S - shared[s];
+        if (!L) continue;
+        i64 t = rows[starts[s] + shared[s]];
+        forward_head(q + (t * H + h) * K, H * K, k + g * K, G * K, v + g * V, G * V, rows + starts[s],
+                     o + (t * H + h) * V, H * V, lse + t * H + h, H, L, S, K, V, scale,
                      (bf16 *)(memory + omp_get_thread_num() * bytes));
     }
     free(memory);
     return 0;
 }
 
-/* One task is one (segment, key-value head) with all its query heads, so that dk and dv have one writer. */
+/* One task is a key-value head with all its query heads, in a segment that shares nothing and those behind it that share
+ * with it: so dk and dv have one writer. */
 int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *o, const float *lse, const bf16 *d_o,
-                       bf16 *dq, bf16 *dk, bf16 *dv, const i64 *starts, i64 segments, i64 H, i64 G, i64 K, i64 V,
-                       float scale) {
-    i64 L = longest(starts, segments), wide = TILE * (K > V ? K : V), in_sums = L * (K + V) * sizeof(float);
-    i64 bytes = in_sums + (L * (2 * K + V) + 4 * wide + 2 * TILE * K) * sizeof(bf16);
+                       bf16 *dq, bf16 *dk, bf16 *dv, const i64 *starts, i64 segments, const i64 *rows,
+                       const i64 *shared, i64 H, i64 G, i64 K, i64 V, float scale) {
+    i64 most = longest(starts, segments), wide = TILE * (K > V ? K : V), in_sums = most * (K + V) * sizeof(float);
+    i64 bytes = in_sums + (most * (2 * K + V) + 4 * wide + 2 * TILE * K) * sizeof(bf16);
     char *memory = pieces(bytes);
     if (!memory) return 1;
 #pragma omp parallel for schedule(dynamic)
     for (i64 task = 0; task < segments * G; task++) {
-        i64 s = task / G, g = task % G, t = starts[s], n = starts[s + 1] - t;
+        i64 first = task / G, g = task % G;
+        if (shared[first]) continue; /* the task of an earlier one */
         char *mine = memory + omp_get_thread_num() * bytes;
-        float *sum_k = (float *)mine, *sum_v = sum_k + L * K;
-        memset(mine, 0, in_sums);
-        for (i64 h = g * (H / G); h < (g + 1) * (H / G); h++) {
-            Head head = {q + (t * H + h) * K, k + (t * G + g) * K, v + (t * G + g) * V, o + (t * H + h) * V,
-                         d_o + (t * H + h) * V, dq + (t * H + h) * K, sum_k, sum_v, lse + t * H + h,
-                         H * K, G * K, G * V, H * V, H, H * K, n, K, V, scale};
-            backward_head(&head, (bf16 *)(mine + in_sums));
-        }
-        for (i64 r = 0; r < n; r++) {
-            bf16 *to_k = dk + ((t + r) * G + g) * K, *to_v = dv + ((t + r) * G + g) * V;
-            for (i64 d = 0; d < K; d += 16) store(to_k + d, _mm512_loadu_ps(sum_k + r * K + d));
-            for (i64 d = 0; d < V; d += 16) store(to_v + d, _mm512_loadu_ps(sum_v + r * V + d));
+        float *sum_k = (float *)mine, *sum_v = sum_k + most * K;
+        for (i64 s = first; s == first || (s < segments && shared[s]); s++) {
+            i64 P = shared[s], S = starts[s + 1] - starts[s], L = S - P;
+            const i64 *its = rows + starts[s];
+            memset(sum_k + P * K, 0, (most - P) * K * sizeof(float));
+            memset(sum_v + P * V, 0, (most - P) * V * sizeof(float));
+            for (i64 h = g * (H / G); L && h < (g + 1) * (H / G); h++) {
+                i64 t = its[P];
+                Head head = {q + (t * H + h) * K, k + g * K, v + g * V, o + (t * H + h) * V, d_o + (t * H + h) * V,
+                             dq + (t * H + h) * K, sum_k, sum_v, lse + t * H + h, its,
+                             H * K, G * K, G * V, H * V, H, L, S, K, V, scale};
+                backward_head(&head, (bf16 *)(mine + in_sums));
+            }
+            for (i64 i = 0; i < S; i++) { /* what is shared grows with each that shares it */
+                bf16 *to_k = dk + (its[i] * G + g) * K, *to_v = dv + (its[i] * G + g) * V;
+                for (i64 d = 0; d < K; d += 16) store(to_k + d, _mm512_loadu_ps(sum_k + i * K + d));
+                for (i64 d = 0; d < V; d += 16) store(to_v + d, _mm512_loadu_ps(sum_v + i * V + d));
+            }
         }
     }
     free(memory);

@@ -1,8 +1,8 @@
 /* Products of blocks of rows with stacked matrices, as training needs them: y = x Wᵀ, dx = dy W and dW = dyᵀ x.
  *
- * Block e, rows starts[e] to starts[e + 1], meets matrix e; a plain product is one block. A task packs 64 columns of its
- * right-hand side (panels.h) and streams rows past them, six at a time, with all sums in registers. So small products
- * of any number of rows run near the processor's peak. Inner dimensions and columns are multiples of 16.
+ * Block e, rows starts[e] to starts[e + 1], meets matrix e; a plain product is one block. A task packs 64 columns of
+ * its right-hand side (panels.h) and streams rows past them, six at a time, with all sums in registers. So small
+ * products of any number of rows run near the processor's peak. Inner dimensions and columns are multiples of 16.
  */
 #include "panels.h"
 #include <omp.h>

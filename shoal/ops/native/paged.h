@@ -232,7 +232,7 @@ static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
         rotated(from + c->N, s, start + row, c->R, PAIRS, q + row * K + c->N);
     }
     bf16 *y = (bf16 *)c->y + start * c->ys + head * V;
-    forward_head(q, K, k, K, v, V, y, c->ys, NULL, 0, L, S, K, V, c->scale, v + S * V);
+    forward_head(q, K, k, K, v, V, NULL, y, c->ys, NULL, 0, L, S, K, V, c->scale, v + S * V);
 }
 
 /* A task: some heads of a single row, or one head of a chunk. */
@@ -271,7 +271,7 @@ static void attend_chunk(const Worker *t, i64 start, i64 L, i64 head) {
         memcpy(v + at * K, token(pages, c->kept2, c->G * K, at) + g * K, bytes);
     }
     bf16 *y = (bf16 *)c->y + start * c->ys + head * K;
-    forward_head(q, K, k, K, v, K, y, c->ys, NULL, 0, L, S, K, K, c->scale, v + S * K);
+    forward_head(q, K, k, K, v, K, NULL, y, c->ys, NULL, 0, L, S, K, K, c->scale, v + S * K);
 }
 
 /* A task: heads of a single row that share a key-value head, or one head of a chunk. */

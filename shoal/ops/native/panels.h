@@ -1,5 +1,5 @@
-/* Right-hand sides in pairs along the inner dimension, [inner/2][columns][2], as the dot-product instruction wants them.
- * A panel has room for 64 columns.
+/* Right-hand sides in pairs along the inner dimension, [inner/2][columns][2], as the dot-product instruction wants
+ * them. A panel has room for 64 columns.
  */
 #pragma once
 #include "kernels.h"

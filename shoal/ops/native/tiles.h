@@ -57,9 +57,10 @@ static void mix(i64 rows, i64 keys, const bf16 *P, const bf16 *X, i64 dims, floa
     product(1, rows, P, TILE, 2, X, dims, dims, C, dims, keys);
 }
 
-/* Rows [n, dims] (stride apart) into a dense tile [TILE, dims], zero below. */
-static void copy_tile(const bf16 *x, i64 stride, i64 n, i64 dims, bf16 *tile) {
-    for (i64 r = 0; r < n; r++) memcpy(tile + r * dims, x + r * stride, dims * sizeof(bf16));
+/* Rows first to first + n of x, or of those that `rows` lists, into a dense tile [TILE, dims], zero below. */
+static void copy_tile(const bf16 *x, i64 stride, const i64 *rows, i64 first, i64 n, i64 dims, bf16 *tile) {
+    for (i64 r = 0; r < n; r++)
+        memcpy(tile + r * dims, x + (rows ? rows[first + r] : first + r) * stride, dims * sizeof(bf16));
     memset(tile + n * dims, 0, (TILE - n) * dims * sizeof(bf16));
 }
 
@@ -79,25 +80,27 @@ static i64 forward_bytes(i64 S, i64 K, i64 V) {
     return (tiles * TILE * (K + V) + TILE * (K > V ? K : V)) * sizeof(bf16) + TILE * V * sizeof(float);
 }
 
-/* o [L, V] and lse [L] (unless NULL) of one head: L queries, the last of S tokens. Strides are between tokens. */
-static void forward_head(const bf16 *q, i64 qs, const bf16 *k, i64 ks, const bf16 *v, i64 vs, bf16 *o, i64 os,
-                         float *lse, i64 lse_stride, i64 L, i64 S, i64 K, i64 V, float scale, bf16 *work) {
+/* o [L, V] and lse [L] (unless NULL) of one head: L queries, the last of S tokens. Strides are between tokens; keys and
+ * values are the rows in order, or those that `rows_of_S` lists. */
+static void forward_head(const bf16 *q, i64 qs, const bf16 *k, i64 ks, const bf16 *v, i64 vs, const i64 *rows_of_S,
+                         bf16 *o, i64 os, float *lse, i64 lse_stride, i64 L, i64 S, i64 K, i64 V, float scale,
+                         bf16 *work) {
     i64 tiles = (S + TILE - 1) / TILE, before = S - L;
     bf16 *packed_k = work, *packed_v = packed_k + tiles * TILE * K, *tile = packed_v + tiles * TILE * V;
     float X[TILE * TILE] __attribute__((aligned(64))), *O = (float *)(tile + TILE * (K > V ? K : V));
     bf16 P[TILE * TILE] __attribute__((aligned(64)));
     for (i64 j = 0; j < tiles; j++) {
         i64 n = rows_in(S, j);
-        copy_tile(k + j * TILE * ks, ks, n, K, tile);
+        copy_tile(k, ks, rows_of_S, j * TILE, n, K, tile);
         pack_transposed(n, tile, K, packed_k + j * TILE * K);
-        copy_tile(v + j * TILE * vs, vs, n, V, tile);
+        copy_tile(v, vs, rows_of_S, j * TILE, n, V, tile);
         pack_pairs(tile, V, up(n, 16), V, packed_v + j * TILE * V, V);
     }
     for (i64 i = 0; i * TILE < L; i++) {
         i64 n = rows_in(L, i), rows = up(n, 4);
         i64 last = before + i * TILE + n - 1; /* the last key that any of them sees */
         float top[TILE], sum[TILE];
-        copy_tile(q + i * TILE * qs, qs, n, K, tile);
+        copy_tile(q, qs, NULL, i * TILE, n, K, tile);
         memset(O, 0, TILE * V * sizeof(float));
         for (i64 r = 0; r < TILE; r++) top[r] = -INFINITY, sum[r] = 0;
         for (i64 j = 0; j * TILE <= last; j++) {
