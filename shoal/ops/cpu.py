@@ -110,8 +110,8 @@ def takes(x: Tensor, *dims: int) -> bool:
 
 
 def takes_product(x: Tensor, other: Tensor, *dims: int) -> bool:
-    """Whether `GroupedLinear` accepts these rows and a matrix, a stack of them, or a gradient, of these widths. AMX is
-    faster, and torch has it.
+    """Whether `GroupedLinear` accepts these rows and a matrix, a stack of them, or a gradient, of these widths. Where there
+    is AMX, torch uses it.
     """
     return len(x) >= LEAST_ROWS and "amx_bf16" not in cpu_flags() and takes(x, *dims) and takes(other)
 

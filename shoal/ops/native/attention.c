@@ -119,8 +119,8 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *o, floa
     return 0;
 }
 
-/* One task is a key-value head with all its query heads, in a segment that shares nothing and those behind it that share
- * with it: so dk and dv have one writer. */
+/* One task is a key-value head with all its query heads, in a segment that shares nothing and those behind it that
+ * share with it: so dk and dv have one writer. */
 int attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *o, const float *lse, const bf16 *d_o,
                        bf16 *dq, bf16 *dk, bf16 *dv, const i64 *starts, i64 segments, const i64 *rows,
                        const i64 *shared, i64 H, i64 G, i64 K, i64 V, float scale) {

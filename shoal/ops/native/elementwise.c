@@ -1,6 +1,6 @@
 /* The model's small operations for x86-64 CPUs with AVX512-BF16: one pass over memory each, fp32 inside.
  *
- * Matrix products stay with torch (oneDNN); attention stands in attention.c, and here what surrounds them. Every
+ * Products stand in gemm.c, attention in attention.c, and here what surrounds them. Every
  * function is the twin of one in reference.py and is tested against it.
  * Rows are split over OpenMP threads (torch's own pool); nothing is allocated but small tiles.
  */
