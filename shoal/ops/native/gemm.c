@@ -11,52 +11,6 @@
 #define INNER 256    /* rows that a matrix's gradient sums at a time */
 #define OUTPUTS 192  /* of its own rows, a task */
 
-/* MR rows by NV vectors of A · B, in bf16 into C, or onto C's sums in fp32 if `add`. A's pairs lie `row` apart between
- * rows and `step` along the inner dimension. */
-INLINE void block(const int MR, const int NV, const int add, const bf16 *A, i64 row, i64 step, const bf16 *B, void *C,
-                  i64 ldc, i64 inner) {
-    __m512 acc[MOST_ROWS][4];
-    float *sums = C;
-    for (int r = 0; r < MR; r++)
-        for (int n = 0; n < NV; n++) acc[r][n] = add ? _mm512_loadu_ps(sums + r * ldc + 16 * n) : _mm512_setzero_ps();
-    for (i64 k = 0; k < inner; k += 2, A += step, B += 2 * PANEL) {
-        __m512bh b[4];
-        for (int n = 0; n < NV; n++) b[n] = pairs(B + 32 * n);
-        for (int r = 0; r < MR; r++) {
-            int pair;
-            memcpy(&pair, A + r * row, 4);
-            for (int n = 0; n < NV; n++)
-                acc[r][n] = _mm512_dpbf16_ps(acc[r][n], (__m512bh)_mm512_set1_epi32(pair), b[n]);
-        }
-    }
-    for (int r = 0; r < MR; r++)
-        for (int n = 0; n < NV; n++)
-            if (add)
-                _mm512_storeu_ps(sums + r * ldc + 16 * n, acc[r][n]);
-            else
-                store((bf16 *)C + r * ldc + 16 * n, acc[r][n]);
-}
-
-#define OF_ROWS(NV)                                                                                                    \
-    switch (rows) {                                                                                                    \
-    case 1: return block(1, NV, add, A, row, step, B, C, ldc, inner);                                                 \
-    case 2: return block(2, NV, add, A, row, step, B, C, ldc, inner);                                                 \
-    case 3: return block(3, NV, add, A, row, step, B, C, ldc, inner);                                                 \
-    case 4: return block(4, NV, add, A, row, step, B, C, ldc, inner);                                                 \
-    case 5: return block(5, NV, add, A, row, step, B, C, ldc, inner);                                                 \
-    default: return block(6, NV, add, A, row, step, B, C, ldc, inner);                                                \
-    }
-
-INLINE void blocks(i64 rows, i64 NV, const int add, const bf16 *A, i64 row, i64 step, const bf16 *B, void *C, i64 ldc,
-                   i64 inner) {
-    switch (NV) {
-    case 1: OF_ROWS(1)
-    case 2: OF_ROWS(2)
-    case 3: OF_ROWS(3)
-    default: OF_ROWS(4)
-    }
-}
-
 static char *rooms(i64 bytes) { return aligned_alloc(64, bytes * omp_get_max_threads()); }
 
 /* Which block task `at` falls into, when block e has tasks first[e] to first[e + 1]. */
@@ -90,8 +44,12 @@ int grouped_rows(const bf16 *x, i64 xs, const bf16 *w, int64_t as_stored, const 
             pack_pairs(w + e * K * N + n, N, K, columns, panel, PANEL);
         else
             for (i64 j = 0; j < columns; j += 16) pack(w + (e * N + n + j) * K, K / 2, panel + 2 * j);
-        for (i64 r = start; r < end; r += MOST_ROWS)
-            blocks(least(MOST_ROWS, end - r), columns / 16, 0, x + r * xs, xs, 2, panel, y + r * N + n, N, K);
+        for (i64 r = start; r < end; r += MOST_ROWS) {
+            i64 M = least(MOST_ROWS, end - r);
+            const bf16 *A[MOST_ROWS];
+            for (i64 m = 0; m < M; m++) A[m] = x + (r + m) * xs;
+            panel_product(M, columns / 16, ROUND, A, 2, panel, K, y + r * N + n, N);
+        }
     }
     free(first);
     free(memory);
@@ -116,9 +74,12 @@ int grouped_matrices(const bf16 *dy, i64 ds, const bf16 *x, i64 xs, const i64 *s
             i64 inner = least(INNER, starts[e + 1] - m);
             pack_pairs(x + m * xs + k, xs, inner, columns, panel, PANEL);
             pack_pairs(dy + m * ds + n, ds, inner, outputs, rows, outputs);
-            for (i64 r = 0; r < outputs; r += MOST_ROWS)
-                blocks(least(MOST_ROWS, outputs - r), columns / 16, 1, rows + 2 * r, 2, 2 * outputs, panel,
-                       sums + r * PANEL, PANEL, inner);
+            for (i64 r = 0; r < outputs; r += MOST_ROWS) {
+                i64 M = least(MOST_ROWS, outputs - r);
+                const bf16 *A[MOST_ROWS];
+                for (i64 j = 0; j < M; j++) A[j] = rows + 2 * (r + j);
+                panel_product(M, columns / 16, ADD_TO, A, 2 * outputs, panel, inner, sums + r * PANEL, PANEL);
+            }
         }
         for (i64 r = 0; r < outputs; r++)
             for (i64 j = 0; j < columns; j += 16) store(to + r * K + j, _mm512_loadu_ps(sums + r * PANEL + j));

@@ -215,8 +215,8 @@ static void rebuilt(const Worker *t, i64 start, i64 L, i64 head) {
         for (i64 j = 0; j < columns; j += BLOCK) pack(w + (n + j) * C, C / 2, panel + 2 * j);
         for (i64 at = 0; at < S; at += MOST_ROWS) {
             i64 M = least(S - at, MOST_ROWS);
-            for (i64 m = 0; m < MOST_ROWS; m++) xs[m] = token(pages, c->kept, C + c->R, at + least(m, M - 1));
-            panel_products(columns / BLOCK, xs, panel, C, tile);
+            for (i64 m = 0; m < M; m++) xs[m] = token(pages, c->kept, C + c->R, at + m);
+            panel_products(M, columns / BLOCK, xs, panel, C, tile);
             for (i64 m = 0; m < M; m++)
                 for (i64 j = n; j < n + columns; j += BLOCK) {
                     bf16 *to = j < c->N ? k + (at + m) * K + j : v + (at + m) * V + j - c->N;

@@ -55,3 +55,53 @@ static void pack_pairs(const bf16 *x, i64 stride, i64 rows, i64 columns, bf16 *p
                 _mm512_storeu_si512(packed + 2 * d + 32, _mm512_permutex2var_epi16(even, right, odd));
         }
 }
+
+enum { WRITE, ADD_TO, ROUND }; /* what becomes of sums: fp32, onto fp32, bf16 */
+
+/* C = A · B, rows `ldc` apart: MR rows, pairs `step` apart along the inner dimension, times NV · 16 columns of a panel.
+ */
+INLINE void block(const int MR, const int NV, const int how, const bf16 *const *A, i64 step, const bf16 *panel,
+                  i64 inner, void *C, i64 ldc) {
+    __m512 acc[MOST_ROWS][4];
+    float *sums = C;
+    for (int m = 0; m < MR; m++)
+        for (int n = 0; n < NV; n++)
+            acc[m][n] = how == ADD_TO ? _mm512_loadu_ps(sums + m * ldc + 16 * n) : _mm512_setzero_ps();
+    for (i64 k = 0; k < ceil_div(inner, 2); k++, panel += 2 * PANEL) {
+        __m512bh b[4];
+        for (int n = 0; n < NV; n++) b[n] = pairs(panel + 32 * n);
+        for (int m = 0; m < MR; m++) {
+            int pair;
+            memcpy(&pair, A[m] + k * step, 4);
+            __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+            for (int n = 0; n < NV; n++) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], a, b[n]);
+        }
+    }
+    for (int m = 0; m < MR; m++)
+        for (int n = 0; n < NV; n++)
+            if (how == ROUND)
+                store((bf16 *)C + m * ldc + 16 * n, acc[m][n]);
+            else
+                _mm512_storeu_ps(sums + m * ldc + 16 * n, acc[m][n]);
+}
+
+#define OF_ROWS(NV)                                                                                                    \
+    switch (M) {                                                                                                       \
+    case 1: return block(1, NV, how, A, step, panel, inner, C, ldc);                                                   \
+    case 2: return block(2, NV, how, A, step, panel, inner, C, ldc);                                                   \
+    case 3: return block(3, NV, how, A, step, panel, inner, C, ldc);                                                   \
+    case 4: return block(4, NV, how, A, step, panel, inner, C, ldc);                                                   \
+    case 5: return block(5, NV, how, A, step, panel, inner, C, ldc);                                                   \
+    default: return block(6, NV, how, A, step, panel, inner, C, ldc);                                                  \
+    }
+
+/* The same for M rows, at most MOST_ROWS, and up to four vectors of columns. */
+INLINE void panel_product(i64 M, i64 NV, const int how, const bf16 *const *A, i64 step, const bf16 *panel, i64 inner,
+                          void *C, i64 ldc) {
+    switch (NV) {
+    case 1: OF_ROWS(1)
+    case 2: OF_ROWS(2)
+    case 3: OF_ROWS(3)
+    default: OF_ROWS(4)
+    }
+}

@@ -4,34 +4,11 @@
 #pragma once
 #include "integers.h"
 
-#define MANY 24     /* rows for which packing a panel pays */
+#define MANY 24 /* rows for which packing a panel pays */
 
-/* tile[m] = 6 rows of x times NV · 16 columns of a panel. */
-INLINE void panel_product(const int NV, const bf16 *const *x, const bf16 *panel, i64 K, float (*tile)[PANEL]) {
-    __m512 acc[MOST_ROWS][4];
-    for (int m = 0; m < MOST_ROWS; m++)
-        for (int n = 0; n < NV; n++) acc[m][n] = _mm512_setzero_ps();
-    for (i64 k = 0; k < K; k += 2, panel += 2 * PANEL) {
-        __m512bh w[4];
-        for (int n = 0; n < NV; n++) w[n] = pairs(panel + 32 * n);
-        for (int m = 0; m < MOST_ROWS; m++) {
-            int pair;
-            memcpy(&pair, x[m] + k, 4);
-            __m512bh xm = (__m512bh)_mm512_set1_epi32(pair);
-            for (int n = 0; n < NV; n++) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], xm, w[n]);
-        }
-    }
-    for (int m = 0; m < MOST_ROWS; m++)
-        for (int n = 0; n < NV; n++) _mm512_storeu_ps(tile[m] + 16 * n, acc[m][n]);
-}
-
-static void panel_products(i64 NV, const bf16 *const *x, const bf16 *panel, i64 K, float (*tile)[PANEL]) {
-    switch (NV) {
-    case 1: return panel_product(1, x, panel, K, tile);
-    case 2: return panel_product(2, x, panel, K, tile);
-    case 3: return panel_product(3, x, panel, K, tile);
-    default: return panel_product(4, x, panel, K, tile);
-    }
+/* tile[m] = M rows of x times NV · 16 columns of a panel. */
+static void panel_products(i64 M, i64 NV, const bf16 *const *x, const bf16 *panel, i64 K, float (*tile)[PANEL]) {
+    panel_product(M, NV, WRITE, x, 2, panel, K, tile, PANEL);
 }
 
 /* 16 rows of w from n on in bf16: where they lie, or in `room` [16, K]. */
@@ -136,8 +113,8 @@ INLINE void multiply(const Worker *t, Rows r, i64 panel_from, const Matrix *w, i
             for (i64 m = 0; m < MOST_ROWS; m++) as[m] = arranged(t, w, row_of(r, row + least(m, M - 1)), 1);
             integer_panels(NV, as, (uint8_t *)panel, scales, share_of(w), K, tile);
         } else {
-            take(c, r, row, MOST_ROWS, xs);
-            panel_products(NV, xs, (bf16 *)panel, K, tile);
+            take(c, r, row, M, xs);
+            panel_products(M, NV, xs, (bf16 *)panel, K, tile);
         }
         for (i64 m = 0; m < M; m++)
             finish(c, r.index ? r.index[row + m] : row + m, n, columns, tile[m], tile[m] + columns);
