@@ -109,11 +109,14 @@ def takes(x: Tensor, *dims: int) -> bool:
     return fits and _library()[0] is not None
 
 
+def makes_products() -> bool:
+    """Whether bf16 products are ours here. Where there is AMX, torch uses it."""
+    return "amx_bf16" not in cpu_flags() and _library()[0] is not None
+
+
 def takes_product(x: Tensor, other: Tensor, *dims: int) -> bool:
-    """Whether `GroupedLinear` accepts these rows and a matrix, a stack of them, or a gradient, of these widths. Where there
-    is AMX, torch uses it.
-    """
-    return len(x) >= LEAST_ROWS and "amx_bf16" not in cpu_flags() and takes(x, *dims) and takes(other)
+    """Whether `GroupedLinear` accepts these rows and a matrix, a stack of them, or a gradient, of these widths."""
+    return len(x) >= LEAST_ROWS and makes_products() and takes(x, *dims) and takes(other)
 
 
 def call(name: str, *args) -> int:
@@ -143,23 +146,27 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight, starts = ctx.saved_tensors
         dx = _times(dy, weight, starts, as_stored=True) if ctx.needs_input_grad[0] else None
-        return dx, grouped_weight_gradient(dy, x, starts) if ctx.needs_input_grad[1] else None, None
+        return dx, weight_gradient(dy, x, starts) if ctx.needs_input_grad[1] else None, None
 
 
 def _times(x: Tensor, weight: Tensor, starts: Tensor, as_stored: bool) -> Tensor:
     """x [M, K] times matrices [E, N, K] transposed, or [E, K, N] as stored."""
+    if weight.mT.is_contiguous():
+        weight, as_stored = weight.mT, not as_stored
     x, weight = _rows(x), weight.contiguous()
     E, (N, K) = len(weight), weight.shape[:0:-1] if as_stored else weight.shape[1:]
+    assert x.shape[1] == K and len(starts) == E + 1 and starts[-1] == len(x), (x.shape, weight.shape, starts)
     y = x.new_empty(len(x), N)
     if call("grouped_rows", x, x.stride(0), weight, int(as_stored), starts, E, K, N, y):
         raise MemoryError("no room for a product's panels")
     return y
 
 
-def grouped_weight_gradient(dy: Tensor, x: Tensor, starts: Tensor) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, starts: Tensor) -> Tensor:
     """dyᵀ x of each row block, [E, N, K]: zero where it has no rows."""
     dy, x = _rows(dy), _rows(x)
     E, N, K = len(starts) - 1, dy.shape[1], x.shape[1]
+    assert len(dy) == len(x) == starts[-1], (dy.shape, x.shape, starts)
     dweight = x.new_empty(E, N, K)
     if call("grouped_matrices", dy, dy.stride(0), x, x.stride(0), starts, E, N, K, dweight):
         raise MemoryError("no room for a product's panels")

@@ -2,8 +2,9 @@
 
 The choice is by tensor: bf16 on a CPU with AVX512-BF16 goes to the C kernels (cpu.py), and so does AdamW on fp32
 masters there; on a GPU, where Triton is installed, expert rows, attention over a latent cache and weights in few bits
-go to its kernels (triton_*.py). Grouped products go to `F.grouped_mm` on a GPU and to `GroupedLinear`, below, on any
-CPU; all else is reference.py's. `describe` says it in a line for the log. Shapes are reference.py's.
+go to its kernels (triton_*.py). Grouped products that the C kernels don't take go to `F.grouped_mm` on a GPU and to
+`GroupedLinear`, below, on a CPU; all else is reference.py's. `describe` says it in a line for the log. Shapes are
+reference.py's.
 """
 
 from collections.abc import Sequence
@@ -120,7 +121,7 @@ def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
         offsets_E = counts_E.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(x_MD, weight_EFD.transpose(1, 2), offs=offsets_E)
     if cpu.takes_product(x_MD, weight_EFD, *weight_EFD.shape[1:]):
-        return cpu.GroupedLinear.apply(x_MD, weight_EFD, starts(counts_E))  # type: ignore[return-value]
+        return cpu.GroupedLinear.apply(x_MD, weight_EFD, starts_of(counts_E))  # type: ignore[return-value]
     return GroupedLinear.apply(x_MD, weight_EFD, counts_E)  # type: ignore[return-value]
 
 
@@ -158,11 +159,11 @@ def grouped_weight_gradient(dy_MF: Tensor, x_MD: Tensor, counts_E: Tensor) -> Te
     if x_MD.is_cuda:
         return F.grouped_mm(dy_MF.t(), x_MD, offs=counts_E.cumsum(0, dtype=torch.int32))
     if cpu.takes_product(x_MD, dy_MF, x_MD.shape[1], dy_MF.shape[1]):
-        return cpu.grouped_weight_gradient(dy_MF, x_MD, starts(counts_E))
+        return cpu.weight_gradient(dy_MF, x_MD, starts_of(counts_E))
     return _weight_gradient(dy_MF, x_MD, blocks(counts_E.tolist(), GroupedLinear.ROUND), len(counts_E))
 
 
-def starts(counts: Tensor) -> Tensor:
+def starts_of(counts: Tensor) -> Tensor:
     """Where each block begins, and where the last one ends."""
     return F.pad(counts.cumsum(0), (1, 0))
 
@@ -236,8 +237,20 @@ class Branches(NamedTuple):
         first_T = np.empty(rows_M.max() + 1, np.int64)
         first_T[rows_M[::-1]] = np.arange(len(rows_M))[::-1]
         again_M = first_T[rows_M] < np.arange(len(rows_M))
+        assert all(lengths), "a segment without rows"
         shared = np.add.reduceat(again_M, starts[:-1], dtype=np.int64)
+        check_shared(rows_M, starts, shared)
         return cls(tuple(lengths), *map(torch.from_numpy, (starts, rows_M, shared, first_T)))
+
+
+def check_shared(rows_M: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> None:
+    """What the kernel relies on: see Branches."""
+    alone = 0  # the last segment that shares nothing
+    for s, n in enumerate(shared.tolist()):
+        alone = alone if n else s
+        its, theirs = rows_M[starts[s] : starts[s + 1]], rows_M[starts[alone] : starts[alone + 1]]
+        assert not n or s - 1 == alone or n == shared[s - 1], f"segment {s} shares {n} rows, its neighbour others"
+        assert (its[:n] == theirs[:n]).all() and (np.diff(its[n:]) == 1).all(), f"segment {s} is not a branch"
 
 
 def branching_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, to: Branches, scale: float) -> Tensor:

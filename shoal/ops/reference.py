@@ -75,7 +75,7 @@ def weigh_rows(y_MD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
 def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """Row block e (counts_E[e] rows) times weight e transposed: [M, F].
 
-    Only tests run it, against dispatch's `GroupedLinear` and `F.grouped_mm`, one of which runs on every device.
+    Only tests run it, against `GroupedLinear` (cpu.py's and dispatch's) and `F.grouped_mm`: one runs on every device.
     """
     blocks = x_MD.split(counts_E.tolist())
     return torch.cat([F.linear(x, w) for x, w in zip(blocks, weight_EFD, strict=True)])

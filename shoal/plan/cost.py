@@ -31,7 +31,7 @@ class Account:
 
 def account(
     config: ModelConfig,
-    context: int,
+    context: float,
     tokens: int,
     seconds: float,
     machine: Machine,

@@ -52,12 +52,17 @@ def mean_keys(lengths: Sequence[int]) -> float:
     return sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
 
 
-def forward(config: ModelConfig, context: int) -> Flops:
+def mean_context(lengths: Sequence[int]) -> float:
+    """The length of equal segments in which a token meets as many keys as in these."""
+    return 2 * mean_keys(lengths) - 1
+
+
+def forward(config: ModelConfig, context: float) -> Flops:
     """Reading one token of a document as long as `context`, keys and values rebuilt from the latent."""
-    return of_token(config, mean_keys([context]))
+    return of_token(config, (context + 1) / 2)
 
 
-def training(config: ModelConfig, context: int, mtp_share: float = 1.0) -> Flops:
+def training(config: ModelConfig, context: float, mtp_share: float = 1.0) -> Flops:
     """Forward and backward of one token in training: the numerator of MFU.
 
     Multi-token modules that rest are no work: `mtp_share` of a run's tokens go through them.

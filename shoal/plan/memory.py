@@ -7,7 +7,8 @@
     activations  what autograd keeps of a token between forward and backward, layer by layer
     logits       one chunk of fp32 logits and its gradient; they never stand whole
     transients   in backward, the gradients of one layer's activations
-    libraries    on a CPU in bf16, kernels that oneDNN builds and keeps for each number of rows experts have had
+    libraries    on a CPU in bf16, kernels that oneDNN builds and keeps for each number of rows experts have had, where
+                 products aren't our own
 
 Activations are counted from the equations of each layer (V2 section 2.1, DeepSeekMoE section 3): the inputs of every
 product, norm and SwiGLU, and what fused attention saves; plain attention in fp32 also keeps T scores a head and token,
@@ -48,6 +49,7 @@ class Step:
     recompute: bool = False
     logits_chunk: int = LOGITS_CHUNK
     device: Literal["cpu", "cuda"] = "cpu"
+    own_products: bool = False  # by ops/native/gemm.c
 
     @property
     def width(self) -> int:
@@ -123,7 +125,8 @@ def transient_bytes(config: ModelConfig, step: Step) -> int:
 
 
 def library_bytes(config: ModelConfig, step: Step) -> int:
-    return LIBRARIES if config.moe and step.device == "cpu" and step.dtype == "bf16" else 0
+    foreign = step.device == "cpu" and step.dtype == "bf16" and not step.own_products
+    return LIBRARIES if config.moe and foreign else 0
 
 
 def activation_bytes(config: ModelConfig, step: Step) -> int:

@@ -28,12 +28,12 @@ LEAST_STEPS = 5  # below that nothing is learned, and a run is refused
 class Measured:
     """One real step of a model here: forward and backward of one micro batch, and the optimizer's update.
 
-    Where multi-token modules rest for a part of the run, `micro_seconds` is the mean over the run, and `mtp_share` the
-    rest of it. `start_seconds` are spent once, before the first step.
+    Where windows grow, or multi-token modules rest for a part of the run, `micro_seconds` and `context` are means over
+    the run, and `mtp_share` is the rest of it. `start_seconds` are spent once, before the first step.
     """
 
     model: ModelConfig
-    context: int
+    context: float
     micro_tokens: int
     micro_seconds: float
     update_seconds: float

@@ -20,7 +20,7 @@ from shoal.data.draws import mix
 from shoal.data.tokenizer import Tokenizer
 from shoal.engine import native
 from shoal.engine.cache import bytes_per_token
-from shoal.engine.engine import LocalEngine
+from shoal.engine.engine import MAX_BATCH_TOKENS, LocalEngine
 from shoal.engine.pages import UNIT, units
 from shoal.errors import ConfigError, TrainingError
 from shoal.model.transformer import Transformer
@@ -133,8 +133,9 @@ def train_config(config: RLConfig, model: Transformer) -> PretrainConfig:
 
 def engine_for(config: RLConfig, model: Transformer) -> LocalEngine:
     """With room for every answer of a step at once. Where it costs little, no row's numbers depend on another's."""
-    whole = native.takes(model)
-    return LocalEngine(model, cache_bytes(config, model), longest(config), PROMPT_TOKENS, deterministic=whole)
+    few = config.rollout.prompts * config.rollout.group <= MAX_BATCH_TOKENS and not config.rollout.slice
+    at_once = PROMPT_TOKENS if few else MAX_BATCH_TOKENS  # as many answers may run at once, too
+    return LocalEngine(model, cache_bytes(config, model), longest(config), at_once, deterministic=native.takes(model))
 
 
 def cache_bytes(config: RLConfig, model: Transformer) -> int:

@@ -8,7 +8,7 @@ import gzip
 import json
 import lzma
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from itertools import pairwise
@@ -156,8 +156,8 @@ def plan_here(
 
 
 def economy_of(config: PretrainConfig, machine: hardware.Machine) -> Economy:
-    def flops_of(context: int, mtp: bool) -> float:
-        return flops.training(config.model, context, float(mtp)).total
+    def flops_of(lengths: Sequence[int], mtp: bool) -> float:
+        return flops.training(config.model, flops.mean_context(lengths), float(mtp)).total
 
     return Economy(flops_of, machine.peak_flops(config.dtype), machine.price_per_hour)
 
@@ -186,7 +186,7 @@ def finish(
     write_samples(run, corpus, state)
     next_command = f'shoal generate {typed(run)} --prompt "def main("'
     account = cost.account(
-        config.model, config.batch.mean_context, c.tokens, c.seconds, machine, config.dtype,
+        config.model, _plan.mean_context(config, corpus), c.tokens, c.seconds, machine, config.dtype,
         mtp_share=config.loss.mtp_share, steps=c.step,
         peak_memory_bytes=int(run.series("memory/peak_gib")[1][-1] * 2**30), bits_per_byte=score.bits_per_byte,
     )  # fmt: skip

@@ -17,7 +17,8 @@ from shoal.data.corpus import Corpus, prepare
 from shoal.model.config import ModelConfig
 from shoal.model.counts import count_parameters
 from shoal.model.presets import PRESETS
-from shoal.plan import cost, memory, size
+from shoal.ops import cpu
+from shoal.plan import cost, flops, memory, size
 from shoal.recipes._machine import Here
 from shoal.recipes._teller import Teller
 from shoal.recipes.quickstart import LADDER, TOKENS_PER_ACTIVE
@@ -29,6 +30,7 @@ from shoal.train.step import TrainState, train_step
 
 SIZED = "sized for this machine"  # origin of what was chosen here
 LADDERS = {"cpu": LADDER, "cuda": ("small",)}
+LOOKED_AT = 16  # batches of a phase, for how long documents are
 SCORES_SHARE = 0.1  # of the minutes, that scores on the way may take
 
 
@@ -96,6 +98,7 @@ def memory_step(config: PretrainConfig, device: str) -> memory.Step:
         accumulates=config.batch.accumulate > 1,
         recompute=config.recompute,
         device="cuda" if device == "cuda" else "cpu",
+        own_products=cpu.makes_products(),
     )
 
 
@@ -125,7 +128,7 @@ def plan_of(config: PretrainConfig, measured: size.Measured, here: Here, teller:
         assert config.steps is not None
         seconds = measured.step_seconds(config.batch.accumulate)
         account = cost.account(
-            config.model, config.batch.mean_context, config.steps * config.batch.tokens, config.steps * seconds,
+            config.model, measured.context, config.steps * config.batch.tokens, config.steps * seconds,
             machine, config.dtype, mtp_share=config.loss.mtp_share, steps=config.steps,
             peak_memory_bytes=int(need.total * memory.OVERHEAD),
         )  # fmt: skip
@@ -148,17 +151,30 @@ def timed_step(config: PretrainConfig, corpus: Corpus, device: str) -> size.Meas
     one = replace(config.batch, accumulate=1)
     trial = replace(config, batch=one, steps=1000, minutes=None)
     state, loader = TrainState(trial, device), training_loader(trial, corpus)
-    seconds = 0.0
+    steps_a_second = 0.0
     for (context, mtp), share in schedule.phases(config).items():
         windows = loader.cut(context)
         loss = replace(config.loss, mtp_from=0.0, mtp_weight=float(mtp), mtp_final=float(mtp))
         state.config = replace(trial, loss=loss)
         steps = [seconds_of(train_step, state, [windows.batch(i * windows.samples_per_batch)]) for i in range(4)]
-        seconds += share * median(steps[1:])
+        steps_a_second += share / median(steps[1:])  # progress goes by the clock
+    seconds = 1 / steps_a_second
     zeros = [torch.zeros_like(slot.weight) for slot in state.optimizer.slots]
     update = median(seconds_of(state.optimizer.step, zeros, 5, 0.0, 1.0) for _ in range(3))
     micro, start = max(seconds - update, 1e-4), seconds_of_start(config, corpus, device)
-    return size.Measured(config.model, one.mean_context, one.tokens, micro, update, config.loss.mtp_share, start)
+    return size.Measured(
+        config.model, mean_context(config, corpus), one.tokens, micro, update, config.loss.mtp_share, start
+    )
+
+
+def mean_context(config: PretrainConfig, corpus: Corpus) -> float:
+    """How long the documents in windows are, as far as attention cares, over the run: by some batches of each phase."""
+    loader, mean = training_loader(config, corpus), 0.0
+    for (context, _), share in schedule.phases(config).items():
+        windows = loader.cut(context)
+        batches = [windows.batch(i * windows.samples_per_batch) for i in range(LOOKED_AT)]
+        mean += share * flops.mean_context([n for b in batches for n in b.lengths])
+    return mean
 
 
 def seconds_of_start(config: PretrainConfig, corpus: Corpus, device: str) -> float:

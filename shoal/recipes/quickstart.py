@@ -7,7 +7,15 @@ to 500 steps; LOG.md has the trials, and what was never tried at full length.
 
 from shoal.data.config import DataConfig
 from shoal.model.presets import PRESETS
-from shoal.train.config import BatchConfig, InitConfig, LossConfig, OptimConfig, PretrainConfig, ScheduleConfig
+from shoal.train.config import (
+    BatchConfig,
+    GrowthConfig,
+    InitConfig,
+    LossConfig,
+    OptimConfig,
+    PretrainConfig,
+    ScheduleConfig,
+)
 
 LADDER = ("nano", "mini", "midi")  # of presets, smallest first: what `shoal quickstart` chooses from on a CPU
 TOKENS_PER_ACTIVE = 1.2  # tokens that an active parameter should at least see
@@ -38,7 +46,8 @@ def recipe() -> PretrainConfig:
     return PretrainConfig(
         model,
         data=DataConfig(sources=("python-stdlib", "solutions:150000@6"), vocab_size=model.vocab_size),
-        batch=BatchConfig(context=2048, samples=2, first_context=512, grow_at=0.7),
+        batch=BatchConfig(context=2048, samples=2),
+        growth=GrowthConfig(context=512, until=0.7),
         init=InitConfig(embed_std=1.0, out_std=0.0, pair_steps=32, look_back=8.0),
         optim=OptimConfig(matrices="muon", lr=8e-3, embed_lr=3.0, head_lr=0.3, beta1=0.8, momentum=0.9),
         schedule=ScheduleConfig(kind="wsd", warmup=0.02, decay=0.6),

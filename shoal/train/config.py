@@ -47,38 +47,36 @@ def require_bf16(precision: str, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """A step sees `context · samples · accumulate` tokens; `samples` windows go through the model at once.
-
-    Until the share `grow_at` of the run, windows have `first_context` tokens where that is less, and there are the more
-    of them.
-    """
+    """A step sees `context · samples · accumulate` tokens; `samples` windows go through the model at once."""
 
     context: int = 512
     samples: int = 8
     accumulate: int = 1
-    first_context: int | None = None
-    grow_at: float = 0.0
 
     def __post_init__(self):
         require(self, "batch.", context=AT_LEAST_ONE, samples=AT_LEAST_ONE, accumulate=AT_LEAST_ONE)
-        require(self, "batch.", first_context=AT_LEAST_ONE, grow_at=SHARE)
-        if self.context % self.shortest:
-            got = f"batch.first_context = {self.first_context} and a context of {self.context}"
-            raise ConfigError(got, "a divisor of batch.context", f"set --batch.first_context {self.context // 2}")
 
     @property
     def tokens(self) -> int:
         return self.context * self.samples * self.accumulate
 
-    @property
-    def shortest(self) -> int:
-        """Tokens of a window before it grows."""
-        return min(self.first_context or self.context, self.context)
 
-    @property
-    def mean_context(self) -> int:
-        """Of a window, over the run."""
-        return round(self.context - self.grow_at * (self.context - self.shortest))
+@dataclass(frozen=True)
+class GrowthConfig:
+    """Until the share `until` of a run, windows have `context` tokens where batch.context is more, and a step more of
+    them.
+    """
+
+    context: int | None = None
+    until: float = 0.0
+
+    def __post_init__(self):
+        require(self, "growth.", context=AT_LEAST_ONE, until=BELOW_ONE)
+        if (self.context is None) != (self.until == 0):
+            got = f"growth.context {self.context} and growth.until {self.until:g}"
+            raise ConfigError(
+                got, "both or neither", "set --growth.context none and --growth.until 0, or give the other"
+            )
 
 
 @dataclass(frozen=True)
@@ -223,6 +221,7 @@ class PretrainConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -248,6 +247,15 @@ class PretrainConfig:
         if self.batch.context > self.model.max_positions:
             got = f"a context of {self.batch.context} for a model of {self.model.max_positions} positions"
             raise ConfigError(got, "batch.context at most model.max_positions", "lower one or raise the other")
+        if self.batch.context % self.first_context:
+            got = f"growth.context {self.growth.context} and a batch.context of {self.batch.context}"
+            fix = "set --growth.context none and --growth.until 0, or another context"
+            raise ConfigError(got, "a divisor of batch.context", fix)
         if self.init.pair_steps and self.model.tie_embeddings:
             got = f"init.pair_steps {self.init.pair_steps} and tied embeddings"
             raise ConfigError(got, "an embedding and a head of their own", "set init.pair_steps 0, or untie them")
+
+    @property
+    def first_context(self) -> int:
+        """Tokens of a window before it grows."""
+        return min(self.growth.context or self.batch.context, self.batch.context)

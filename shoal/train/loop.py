@@ -33,10 +33,10 @@ SKIPPED = "skipped.jsonl"
 class Economy:
     """What a token takes and a second gives: for MFU and cost. `usd_per_hour` is None where nobody knows.
 
-    `flops_of` a token: in windows of so many, with multi-token modules at work or at rest.
+    `flops_of` a token: in segments of these lengths, with multi-token modules at work or at rest.
     """
 
-    flops_of: Callable[[int, bool], float]
+    flops_of: Callable[[Sequence[int], bool], float]
     peak_flops: float
     usd_per_hour: float | None = None
 
@@ -127,8 +127,8 @@ def measured(
     if result.loads_LE is not None:
         metrics["moe/load_max_over_mean"] = result.load_max_over_mean
     if economy is not None:
-        context = len(batches[0].tokens_T) // len(batches[0].ids)
-        metrics["speed/mfu"] = speed * economy.flops_of(context, result.mtp_loss is not None) / economy.peak_flops
+        lengths = [n for b in batches for n in b.lengths]
+        metrics["speed/mfu"] = speed * economy.flops_of(lengths, result.mtp_loss is not None) / economy.peak_flops
     if economy is not None and economy.usd_per_hour is not None:
         metrics["cost/usd"] = c.seconds / 3600 * economy.usd_per_hour
     return metrics
@@ -144,9 +144,9 @@ def keep_evidence(
     state: TrainState, run: Run, batches: Sequence[Batch], result: StepResult, say: Callable[[str], None]
 ) -> None:
     """Write down which samples a skipped step saw, so that it can be replayed: of reinforcement the answers' seeds."""
-    step, ids = state.counters.step, [i for b in batches for i in b.ids]
+    step, ids, tokens = state.counters.step, [i for b in batches for i in b.ids], sum(len(b.tokens_T) for b in batches)
     with open(run.logs / SKIPPED, "a") as file:
-        file.write(json.dumps({"step": step, "samples": ids, "why": result.skipped}) + "\n")
+        file.write(json.dumps({"step": step, "samples": ids, "tokens": tokens, "why": result.skipped}) + "\n")
     say(f"step {step} skipped: {result.skipped}; its {len(ids):,} samples are named in logs/{SKIPPED}")
 
 

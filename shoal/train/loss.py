@@ -34,15 +34,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, scale: float) -> Tensor:
-        dh_TD, dweight_VD = torch.empty_like(h_TD), None
+        dh_TD, dweight_VD = torch.empty_like(h_TD), torch.zeros_like(weight_VD, dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float32, device=h_TD.device)
         for rows in chunks(len(h_TD), weight_VD):
             h = h_TD[rows]
             logits = h @ weight_VD.t()
             loss += ops.cross_entropy_(logits, targets_T[rows], scale).sum()
             torch.mm(logits, weight_VD, out=dh_TD[rows])
-            dweight_VD = logits.t() @ h if dweight_VD is None else dweight_VD.addmm_(logits.t(), h)
-        ctx.save_for_backward(dh_TD, dweight_VD)
+            dweight_VD += logits.t() @ h
+        ctx.save_for_backward(dh_TD, dweight_VD.type_as(weight_VD))
         return loss * scale
 
     @staticmethod
@@ -52,9 +52,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (dh_TD, dweight_VD, None, None) if factor == 1 else (dh_TD * factor, dweight_VD * factor, None, None)
 
 
-def chunks(T: int, weight_VD: Tensor) -> list[slice]:
-    """Equal slices of T rows, each with at most CHUNK_BYTES of logits."""
-    n = max(1, -(-T * len(weight_VD) * weight_VD.element_size() // CHUNK_BYTES[weight_VD.device.type]))
+def chunks(T: int, weight_VD: Tensor, most: int | None = None) -> list[slice]:
+    """Equal slices of T rows, each with at most `most` bytes of logits, or CHUNK_BYTES."""
+    n = max(1, -(-T * len(weight_VD) * weight_VD.element_size() // (most or CHUNK_BYTES[weight_VD.device.type])))
     size = -(-T // n)
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 

@@ -78,7 +78,7 @@ def pretrain(
             if result.skipped:
                 keep_evidence(state, run, batches, result, say)
             if score_due(state, before):
-                metrics |= scored(state, corpus)
+                metrics |= scored(state, corpus, before)
                 clock.went_aside()
                 replan(state, clock)
             run.log(state.counters.step, metrics | stall)  # before the save: a resumed run never lacks a line
@@ -115,7 +115,7 @@ def prepare_weights(state: TrainState, split: Split, say: Callable[[str], None])
 
 def next_batches(state: TrainState, loader: Loader) -> list[Batch]:
     b, c = state.config.batch, state.counters
-    loader = loader.cut(schedule.context(b, c.progress))
+    loader = loader.cut(schedule.context(state.config, c.progress))
     return [loader.batch(c.samples + i * loader.samples_per_batch) for i in range(b.accumulate)]
 
 
@@ -132,10 +132,10 @@ def score_due(state: TrainState, before: float) -> bool:
     return done < passed < times
 
 
-def scored(state: TrainState, corpus: Corpus) -> dict[str, float]:
-    """On the way: held-out bits per byte, and how often a second token would be accepted."""
+def scored(state: TrainState, corpus: Corpus, progress: float) -> dict[str, float]:
+    """On the way, at `progress`: held-out bits per byte, and how often a second token would be accepted."""
     config = state.config
-    score = held_out_score(state.model, corpus.val, corpus, config, config.eval.tokens, state.counters.progress)
+    score = held_out_score(state.model, corpus.val, corpus, config, config.eval.tokens, progress)
     found = {"eval/bits_per_byte": score.bits_per_byte}
     return found if score.mtp_accept is None else found | {"eval/mtp_accept": score.mtp_accept}
 
@@ -149,7 +149,7 @@ def held_out_score(
     progress: float = 1.0,
 ) -> Score:
     """In windows as long as those that the model trains on by then."""
-    context = config.eval.context or schedule.context(config.batch, progress)
+    context = config.eval.context or schedule.context(config, progress)
     lengths = corpus.tokenizer.byte_lengths()
     batches = eval_batches(split, lengths, context, max(context, EVAL_TOKENS), tokens)
     return evaluate(model, batches, Packed)

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from math import cos, pi
 
-from shoal.train.config import BatchConfig, LossConfig, PretrainConfig, ScheduleConfig
+from shoal.train.config import LossConfig, PretrainConfig, ScheduleConfig
 
 
 def learning_rate(c: ScheduleConfig, p: float) -> float:
@@ -38,16 +38,16 @@ def bias_speed(c: LossConfig, p: float) -> float:
     return c.bias_speed if p < c.bias_until else 0.0
 
 
-def context(c: BatchConfig, p: float) -> int:
+def context(config: PretrainConfig, p: float) -> int:
     """Tokens of a window."""
-    return c.shortest if p < c.grow_at else c.context
+    return config.first_context if p < config.growth.until else config.batch.context
 
 
 def phases(config: PretrainConfig) -> dict[tuple[int, bool], float]:
-    """Of a run, the share of its steps in windows of so many tokens, with multi-token modules at work or at rest."""
-    b, c = config.batch, config.loss
+    """Of a run, the share in windows of so many tokens, with multi-token modules at work or at rest."""
+    c = config.loss
     shares: dict[tuple[int, bool], float] = {}
-    for start, end in pairwise(sorted({0.0, b.grow_at, c.mtp_from, c.mtp_until, 1.0})):
-        kind = context(b, start), config.model.n_mtp > 0 and mtp_weight(c, start) > 0
+    for start, end in pairwise(sorted({0.0, config.growth.until, c.mtp_from, c.mtp_until, 1.0})):
+        kind = context(config, start), config.model.n_mtp > 0 and mtp_weight(c, start) > 0
         shares[kind] = shares.get(kind, 0.0) + end - start
     return shares

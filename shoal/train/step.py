@@ -166,8 +166,8 @@ def backward(
     c, model, batch = state.config, state.model, batch.to(state.device)
     weight = schedule.mtp_weight(c.loss, state.counters.progress)
     alpha = c.loss.balance_alpha * len(batch.tokens_T) / n_tokens
-    run = recomputed if c.recompute else None
-    part = losses(model, batch, attend(batch), n_targets, weight, alpha, c.batch.context, run, main_loss)
+    run, context = recomputed if c.recompute else None, schedule.context(c, state.counters.progress)
+    part = losses(model, batch, attend(batch), n_targets, weight, alpha, context, run, main_loss)
     part.total.backward()
     return part
 

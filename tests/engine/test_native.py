@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.engine import engine as engines
 from shoal.engine import native
 from shoal.engine.attend import Span
 from shoal.engine.cache import Cache
@@ -202,7 +203,8 @@ def told(engine: LocalEngine, last: int) -> list[tuple[Token, ...]]:
     return [r.tokens for r in engine.generate([*plain, *guided, stopped, *drawn, counted, steered])] + alone
 
 
-def test_steps_taken_together_say_the_same():
+def test_steps_taken_together_say_the_same(monkeypatch):
+    monkeypatch.setattr(engines, "TOGETHER_SECONDS", 10.0)
     m, _ = built(V3)
     together, single = LocalEngine(m, deterministic=True), LocalEngine(m, deterministic=True)
     single._runner.most_steps = 1

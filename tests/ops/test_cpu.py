@@ -102,16 +102,15 @@ def test_experts_rows_go_out_and_come_back(experts: int, chosen: int):
 @pytest.mark.parametrize("counts", [[1, 0, 700, 6, 13], [24, 0], [5, 385, 0, 768]])
 @pytest.mark.parametrize("K, N", [(16, 80), (272, 64), (48, 208), (528, 16)])
 def test_grouped_products_of_any_number_of_rows(counts: list[int], K: int, N: int):
-    inputs = [bf16(sum(counts), K), bf16(len(counts), N, K, seed=1)]
-    counts_E = torch.tensor(counts)
-    assert cpu.takes_product(*inputs, K, N)
+    x, weight, counts_E = bf16(sum(counts), K), bf16(len(counts), N, K, seed=1), torch.tensor(counts)
+    assert cpu.takes_product(x, weight, K, N)
     twins(
         lambda x, w: dispatch.grouped_linear(x, w, counts_E),
         lambda x, w: reference.grouped_linear(x, w, counts_E),
-        inputs,
+        [x, weight],
     )
     dy = bf16(sum(counts), N, seed=2)
-    ours, torchs = (dispatch.grouped_weight_gradient(x, inputs[0].to(x.dtype), counts_E) for x in (dy, dy.float()))
+    ours, torchs = (dispatch.grouped_weight_gradient(d, x.to(d.dtype), counts_E) for d in (dy, dy.float()))
     assert relative_error(ours, torchs) < 6e-3 and not ours[torch.tensor(counts) == 0].any()
 
 
@@ -124,6 +123,31 @@ def test_products_of_rows_that_lie_apart():
     dispatch.linear(wide[:, 16:48], weight).sum().backward()
     assert weight.grad is not None
     assert relative_error(weight.grad, wide[:, 16:48].float().sum(0).expand(48, 32)) < 6e-3
+
+
+def test_products_that_do_not_fit_are_refused():
+    x, stacked, starts = bf16(40, 32), bf16(2, 48, 64, seed=1), torch.tensor([0, 10, 40])
+    with pytest.raises(AssertionError, match="32"):
+        cpu.GroupedLinear.apply(x, stacked, starts)
+    with pytest.raises(AssertionError, match="39"):
+        cpu.GroupedLinear.apply(x, stacked[:, :, :32], torch.tensor([0, 10, 39]))
+    with pytest.raises(AssertionError, match="41"):
+        cpu.weight_gradient(bf16(41, 48), x, starts)
+
+
+def test_a_matrix_that_lies_transposed_is_not_copied():
+    x, weight = bf16(40, 32), bf16(2, 32, 48, seed=1).mT
+    expected = torch.cat([x[:10].float() @ weight[0].float().t(), x[10:].float() @ weight[1].float().t()])
+    assert relative_error(cpu.GroupedLinear.apply(x, weight, torch.tensor([0, 10, 40])), expected) < 6e-3
+
+
+def test_branches_are_what_the_kernel_takes_them_for():
+    two, other = [range(10), range(10, 20)], [range(5), range(20, 25)]
+    for strange in ([two, other, [range(10), range(25, 30)]], [two, [range(20, 30)], [range(10), range(30, 35)]]):
+        with pytest.raises(AssertionError, match="segment 2"):
+            dispatch.Branches.of(strange)
+    with pytest.raises(AssertionError, match="without rows"):
+        dispatch.Branches.of([two, []])
 
 
 def test_products_are_torchs_where_it_has_amx_and_where_rows_are_few(monkeypatch):
@@ -171,8 +195,8 @@ def test_attention_of_segments_that_begin_alike(prefix: int, tails: list[int], H
 
     inputs = [bf16(at + 37, H, K), bf16(at + 37, G, K, seed=1), bf16(at + 37, G, V, seed=2)]
     twins(lambda q, k, v: dispatch.branching_attention(q, k, v, to, 0.2), slow, inputs, tolerance=1e-2)
-    exact = [x.float() for x in inputs]
-    assert relative_error(dispatch.branching_attention(*exact, to, 0.2), slow(*exact)) < 1e-5
+    q, k, v = (x.float() for x in inputs)
+    assert relative_error(dispatch.branching_attention(q, k, v, to, 0.2), slow(q, k, v)) < 1e-5
 
 
 def test_attention_keeps_large_scores_finite():

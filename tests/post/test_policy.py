@@ -9,7 +9,6 @@ from shoal.post import policy
 from shoal.post.policy import Graded, Objective, log_probs, packed, replayed, scored
 from shoal.post.rl_config import PolicyConfig
 from shoal.post.rollout import Sample
-from shoal.train import loss
 from tests.post.talks import TINY, model
 
 
@@ -26,7 +25,7 @@ def answers(n: int = 6, version: int = 3, seed: int = 0) -> list[Graded]:
 
 @pytest.mark.parametrize("rows", [70, 16])  # in a chunk of logits
 def test_log_probs_and_their_gradient_are_those_of_whole_logits(monkeypatch, rows):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 4 * 40 * rows})
+    monkeypatch.setattr(policy, "KEPT_BYTES", 4 * 40 * rows)
     torch.manual_seed(0)
     h, w, y = torch.randn(70, 16), torch.randn(40, 16), torch.arange(70) % 40
     grad = torch.randn(70)

@@ -9,23 +9,35 @@ from shoal.train.config import LossConfig, OptimConfig, ScheduleConfig
 from shoal.train.optim import Optimizer, norm, orthogonal
 from shoal.train.schedule import learning_rate, mtp_weight
 
+STEPS = OptimConfig().newton_schulz_steps
 
+
+@pytest.mark.parametrize("steps", [STEPS, 5])
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48)])
-def test_orthogonal_moves_singular_values_towards_one_and_keeps_the_vectors(shape: tuple[int, int]):
+def test_orthogonal_moves_singular_values_towards_one_and_keeps_the_vectors(shape: tuple[int, int], steps: int):
     torch.manual_seed(0)
     g = torch.randn(shape)
-    u = orthogonal(g, 5)
+    u = orthogonal(g, steps)
     values = torch.linalg.svdvals(u)
     assert values.min() > 0.5 and values.max() < 1.35
     left, _, right = torch.linalg.svd(g, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(u.flatten(), (left @ right).flatten(), 0) > 0.97
 
 
+@pytest.mark.parametrize("steps", [STEPS, 5, 8])
+def test_a_matrix_of_rank_one_stays_of_one_size_however_its_norm_is_rounded(steps: int):
+    torch.manual_seed(0)
+    direction = torch.outer(torch.randn(32), torch.randn(64))
+    loud = torch.stack([direction * (1 + i / 100) for i in range(100)])
+    largest = torch.linalg.svdvals(orthogonal(loud, steps))[:, 0]
+    assert largest.min() > 0.5 and largest.max() < 1.35
+
+
 def test_each_expert_is_orthogonalised_on_its_own():
     stacked = torch.randn(5, 24, 40, generator=torch.Generator().manual_seed(0))
     stacked[3] *= 1000  # one loud expert must not quiet the others
-    alone = torch.stack([orthogonal(g, 5) for g in stacked])
-    torch.testing.assert_close(orthogonal(stacked, 5), alone, atol=0.02, rtol=0.02)
+    alone = torch.stack([orthogonal(g, STEPS) for g in stacked])
+    torch.testing.assert_close(orthogonal(stacked, STEPS), alone, atol=0.02, rtol=0.02)
 
 
 def with_gradients(model: Transformer, seed: int) -> list[torch.Tensor]:

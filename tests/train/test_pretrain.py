@@ -21,6 +21,7 @@ from shoal.train.config import (
     BatchConfig,
     CheckpointConfig,
     EvalConfig,
+    GrowthConfig,
     InitConfig,
     LossConfig,
     OptimConfig,
@@ -29,7 +30,16 @@ from shoal.train.config import (
     ScheduleConfig,
 )
 from shoal.train.loop import Clock, Economy, begin, replan, steps_left
-from shoal.train.pretrain import held_out_score, next_batches, prepare_weights, pretrain, score_due, training_loader
+from shoal.train.loss import Score
+from shoal.train.pretrain import (
+    held_out_score,
+    next_batches,
+    prepare_weights,
+    pretrain,
+    score_due,
+    scored,
+    training_loader,
+)
 from shoal.train.schedule import learning_rate, phases
 from shoal.train.step import Counters, TrainState, update_rate
 
@@ -151,34 +161,46 @@ def test_a_loader_for_filling_in_the_middle(corpus):
 
 
 def test_windows_grow_where_they_are_asked_to_and_scores_follow(corpus, monkeypatch):
-    batch = BatchConfig(context=32, samples=2, first_context=8, grow_at=0.6)
-    state = State(replace(TINY, batch=batch, steps=10), total_steps=10)
-    loader, lengths, seen = training_loader(state.config, corpus), [], []
+    """The score that ends the last short step is of short windows, too."""
+    config = replace(TINY, batch=BatchConfig(32, 2), growth=GrowthConfig(8, 0.6), steps=10)
+    state, loader, windows, seen = State(config, total_steps=10), training_loader(config, corpus), [], []
+    state.model = None  # type: ignore[assignment]
     longest = lambda batches: max(next(batches).lengths[:-1])  # the last one fills up  # noqa: E731
-    monkeypatch.setattr(pretraining, "evaluate", lambda model, batches, attend: seen.append(longest(batches)))
+    monkeypatch.setattr(
+        pretraining, "evaluate", lambda model, batches, attend: seen.append(longest(batches)) or Score(0, 1, 1)
+    )
     for _ in range(10):
-        (made,) = next_batches(state, loader)
-        assert len(made.tokens_T) == batch.tokens and max(made.lengths) <= len(made.tokens_T) // len(made.ids)
-        lengths.append(len(made.ids))
-        held_out_score(None, corpus.val, corpus, state.config, None, state.counters.progress)
+        before, (made,) = state.counters.progress, next_batches(state, loader)
+        assert len(made.tokens_T) == config.batch.tokens and max(made.lengths) <= len(made.tokens_T) // len(made.ids)
+        windows.append(len(made.ids))
         state.counters.samples += len(made.ids)
         state.step()
-    assert lengths == [8] * 6 + [2] * 4 and seen == [8] * 6 + [32] * 4
-    assert batch.mean_context == 18
-    with pytest.raises(ConfigError, match="a divisor of batch.context"):
-        BatchConfig(context=32, first_context=12)
+        scored(state, corpus, before)
+    assert windows == [8] * 6 + [2] * 4 and seen == [8] * 6 + [32] * 4
 
 
 def test_a_run_has_phases_by_its_windows_and_modules():
-    loss, grown = LossConfig(mtp_from=0.7, mtp_until=0.9), BatchConfig(64, 1, first_context=16, grow_at=0.6)
-    late = replace(TINY, batch=grown, loss=loss)
+    loss, grown = LossConfig(mtp_from=0.7, mtp_until=0.9), GrowthConfig(16, 0.6)
+    late = replace(TINY, batch=BatchConfig(64, 1), growth=grown, loss=loss)
     shares = {(16, False): 0.6, (64, False): 0.1, (64, True): 0.3}
     assert phases(late) == pytest.approx(shares)
     assert phases(TINY) == pytest.approx({(32, True): 1.0})
-    short = replace(
-        late, batch=BatchConfig(16, 4, first_context=512, grow_at=0.6), loss=LossConfig(mtp_weight=0, mtp_final=0)
-    )
+    short = replace(late, batch=BatchConfig(16, 4), loss=LossConfig(mtp_weight=0, mtp_final=0))
     assert phases(short) == {(16, False): pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: replace(TINY, growth=GrowthConfig(12, 0.5)), "a divisor of batch.context"),
+        (lambda: GrowthConfig(12), "both or neither"),
+        (lambda: GrowthConfig(until=0.5), "both or neither"),
+        (lambda: GrowthConfig(16, 1.0), "growth.until"),
+    ],
+)
+def test_windows_that_cannot_grow_are_refused(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
 
 
 def test_the_step_that_ends_a_run_is_on_record_and_a_resumed_run_repeats_no_evidence(corpus, tmp_path, monkeypatch):
@@ -187,7 +209,7 @@ def test_the_step_that_ends_a_run_is_on_record_and_a_resumed_run_repeats_no_evid
     monkeypatch.setattr(steps, "fault", lambda state, loss, norm: 'a "bad" one' if state.counters.step >= 3 else None)
     for resume in (False, True):
         with pytest.raises(TrainingError, match="2 steps in a row"):
-            pretrain(config, run, corpus, Economy(lambda context, mtp: 1.0, 1.0), resume=resume)
+            pretrain(config, run, corpus, Economy(lambda lengths, mtp: 1.0, 1.0), resume=resume)
         assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5]
         kept = [json.loads(line) for line in (run.logs / "skipped.jsonl").read_text().splitlines()]
         assert [line["step"] for line in kept] == [4, 5] and kept[1]["why"] == 'a "bad" one'

@@ -1,8 +1,8 @@
 /* The model's small operations for x86-64 CPUs with AVX512-BF16: one pass over memory each, fp32 inside.
  *
- * Products stand in gemm.c, attention in attention.c, and here what surrounds them. Every
- * function is the twin of one in reference.py and is tested against it.
- * Rows are split over OpenMP threads (torch's own pool); nothing is allocated but small tiles.
+ * Products stand in gemm.c, attention in attention.c, and here what surrounds them. Every function is the twin of one
+ * in reference.py and is tested against it. Rows are split over OpenMP threads (torch's own pool); nothing is allocated
+ * but small tiles.
  */
 #include "kernels.h"
 
