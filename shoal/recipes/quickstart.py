@@ -14,6 +14,7 @@ from shoal.train.config import (
     LossConfig,
     OptimConfig,
     PretrainConfig,
+    SafetyConfig,
     ScheduleConfig,
 )
 
@@ -52,5 +53,6 @@ def recipe() -> PretrainConfig:
         optim=OptimConfig(matrices="muon", lr=8e-3, embed_lr=3.0, head_lr=0.3, beta1=0.8, momentum=0.9),
         schedule=ScheduleConfig(kind="wsd", warmup=0.02, decay=0.6),
         loss=LossConfig(mtp_from=0.85, mtp_until=0.92, bias_speed=0.005),
+        safety=SafetyConfig(spike_nats=3.0),  # two long windows may both be of the harder text
         minutes=10.0,
     )
