@@ -30,7 +30,7 @@ from shoal.runtime import cache_root, cpu_flags
 SOURCES = Path(__file__).with_name("native")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2**21, 14, 25
-LEAST_ROWS = 24  # that pay for packing a matrix
+PANELS = 24  # rows for which packing a panel pays: native/products.h, too
 STRETCH = 2**15  # numbers that are summed by themselves
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
@@ -116,7 +116,7 @@ def makes_products() -> bool:
 
 def takes_product(x: Tensor, other: Tensor, *dims: int) -> bool:
     """Whether `GroupedLinear` accepts these rows and a matrix, a stack of them, or a gradient, of these widths."""
-    return len(x) >= LEAST_ROWS and makes_products() and takes(x, *dims) and takes(other)
+    return len(x) >= PANELS and makes_products() and takes(x, *dims) and takes(other)
 
 
 def call(name: str, *args) -> int:

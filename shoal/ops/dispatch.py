@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.ops import cpu, program, quant, reference
+from shoal.ops.branches import Branches
 from shoal.ops.quant import Quantised
 from shoal.ops.reference import AdamW, Places, rotate_halves, suffix_attention
 
-__all__ = ["AdamW", "Places", "rotate_halves", "suffix_attention"]
+__all__ = ["AdamW", "Branches", "Places", "rotate_halves", "suffix_attention"]
 
 GATHER_BYTES = 64 << 20  # of keys copied out of a paged cache at a time
 
@@ -213,44 +212,6 @@ def causal_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, lengths: Seque
     rows = [length * count for length, count in runs]
     parts = zip(*(x.split(rows) for x in (q_THK, k_TGK, v_TGV)), runs, strict=True)
     return torch.cat([reference.causal_attention(q, k, v, scale, length) for q, k, v, (length, _) in parts])
-
-
-class Branches(NamedTuple):
-    """Segments of which some begin alike: what they share lies there once.
-
-    Segment s is the rows rows_M[starts[s] : starts[s + 1]]. Its first shared[s] rows are those that the last segment
-    before it which shares nothing begins with; the others are its own, one after the other.
-    """
-
-    lengths: tuple[int, ...]
-    starts: Tensor
-    rows_M: Tensor
-    shared: Tensor
-    first_T: Tensor  # where in rows_M each row comes first
-
-    @classmethod
-    def of(cls, segments: Sequence[Sequence[range]]) -> "Branches":
-        """Segments as stretches of rows; each row is in one of them, at least."""
-        lengths = [sum(map(len, spans)) for spans in segments]
-        rows_M = np.concatenate([np.arange(span.start, span.stop) for spans in segments for span in spans])
-        starts = np.cumsum([0, *lengths])
-        first_T = np.empty(rows_M.max() + 1, np.int64)
-        first_T[rows_M[::-1]] = np.arange(len(rows_M))[::-1]
-        again_M = first_T[rows_M] < np.arange(len(rows_M))
-        assert all(lengths), "a segment without rows"
-        shared = np.add.reduceat(again_M, starts[:-1], dtype=np.int64)
-        check_shared(rows_M, starts, shared)
-        return cls(tuple(lengths), *map(torch.from_numpy, (starts, rows_M, shared, first_T)))
-
-
-def check_shared(rows_M: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> None:
-    """What the kernel relies on: see Branches."""
-    alone = 0  # the last segment that shares nothing
-    for s, n in enumerate(shared.tolist()):
-        alone = alone if n else s
-        its, theirs = rows_M[starts[s] : starts[s + 1]], rows_M[starts[alone] : starts[alone + 1]]
-        assert not n or s - 1 == alone or n == shared[s - 1], f"segment {s} shares {n} rows, its neighbour others"
-        assert (its[:n] == theirs[:n]).all() and (np.diff(its[n:]) == 1).all(), f"segment {s} is not a branch"
 
 
 def branching_attention(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, to: Branches, scale: float) -> Tensor:

@@ -30,7 +30,6 @@ from shoal.ops.quant import Form, Quantised
 ABSENT = 2  # what a run answers where a busy expert had no place
 Weight = Tensor | Quantised
 FORMS: list[Form] = ["fp8", "int8", "int4"]  # as in native/step.h, from 1 on
-PANELS = 24  # rows for which packing a panel pays: native/products.h
 FREE = 2**23  # bytes taken together for buffers
 
 
@@ -152,12 +151,12 @@ def _matrix(weight_NK: Weight) -> _Matrix:
 
 
 def linear(x_MK: Tensor, weight_NK: Quantised) -> Tensor:
-    """x Wᵀ [M, N] of bf16 rows, by a program of one instruction. Fewer than `PANELS` rows don't change each other."""
+    """x Wᵀ [M, N] of bf16 rows, by a program of one instruction. Rows fewer than `cpu.PANELS` don't mix."""
     M, p = len(x_MK), Program(len(x_MK))
     y = x_MK.new_empty(M, weight_NK.shape[0])
     if M:
         p.linear(x_MK, weight_NK, y)
-        p.run(Rows([0] * M, chunks=[M] if M >= PANELS else ()))
+        p.run(Rows([0] * M, chunks=[M] if M >= cpu.PANELS else ()))
     return y
 
 

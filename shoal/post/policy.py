@@ -28,9 +28,8 @@ from shoal.ops import dispatch as ops
 from shoal.post import grpo
 from shoal.post.rl_config import PolicyConfig
 from shoal.post.rollout import Sample
-from shoal.train.loss import chunks
+from shoal.train.loss import CHUNK_BYTES, chunks
 
-KEPT_BYTES = 64 << 20  # of a batch's logits, between forward and backward
 ROUND = 256  # batches are filled up to a multiple: kernels meet few shapes, balance is judged over so many tokens
 
 
@@ -73,7 +72,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        parts = chunks(len(h_ND), weight_VD, KEPT_BYTES)
+        parts = chunks(len(h_ND), weight_VD, CHUNK_BYTES)
         if len(parts) == 1:
             nll_N, slope_NV = surprise(h_ND, weight_VD, targets_N)
             ctx.save_for_backward(h_ND, weight_VD, targets_N, slope_NV)
@@ -87,7 +86,7 @@ class _LogProbs(torch.autograd.Function):
         weight_N1 = -grad_N[:, None]
         dh_ND, weighed_ND = torch.empty_like(h_ND), (h_ND * weight_N1).to(h_ND.dtype)
         dweight_VD = torch.zeros_like(weight_VD)
-        for rows in chunks(len(h_ND), weight_VD, KEPT_BYTES):
+        for rows in chunks(len(h_ND), weight_VD, CHUNK_BYTES):
             slope_NV = slopes[0] if slopes else surprise(h_ND[rows], weight_VD, targets_N[rows])[1]
             torch.mm(slope_NV, weight_VD, out=dh_ND[rows])
             dweight_VD.addmm_(slope_NV.t(), weighed_ND[rows])

@@ -22,7 +22,8 @@ from shoal.model.moe import Routes
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch as ops
 
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of logits at a time: a CPU's stay in its cache
+CHUNK_BYTES = 64 << 20  # of logits at a time,
+CACHED_BYTES = 8 << 20  # and on a CPU, where they stay in its cache
 UNPREDICTED = -100
 
 Runner = Callable[..., tuple[Tensor, Routes | None]]  # runs a layer on its arguments, recomputing it for example
@@ -53,8 +54,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunks(T: int, weight_VD: Tensor, most: int | None = None) -> list[slice]:
-    """Equal slices of T rows, each with at most `most` bytes of logits, or CHUNK_BYTES."""
-    n = max(1, -(-T * len(weight_VD) * weight_VD.element_size() // (most or CHUNK_BYTES[weight_VD.device.type])))
+    """Equal slices of T rows, each with at most `most` bytes of logits, or as many as suit the device."""
+    most = most or (CACHED_BYTES if weight_VD.device.type == "cpu" else CHUNK_BYTES)
+    n = max(1, -(-T * len(weight_VD) * weight_VD.element_size() // most))
     size = -(-T // n)
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops import cpu, dispatch, program, quant
-from shoal.ops.program import PANELS
+from shoal.ops.cpu import PANELS
 from shoal.ops.quant import Quantised
 
 pytestmark = pytest.mark.skipif("native" not in cpu.status(), reason=cpu.status())

@@ -25,7 +25,7 @@ def answers(n: int = 6, version: int = 3, seed: int = 0) -> list[Graded]:
 
 @pytest.mark.parametrize("rows", [70, 16])  # in a chunk of logits
 def test_log_probs_and_their_gradient_are_those_of_whole_logits(monkeypatch, rows):
-    monkeypatch.setattr(policy, "KEPT_BYTES", 4 * 40 * rows)
+    monkeypatch.setattr(policy, "CHUNK_BYTES", 4 * 40 * rows)
     torch.manual_seed(0)
     h, w, y = torch.randn(70, 16), torch.randn(40, 16), torch.arange(70) % 40
     grad = torch.randn(70)

@@ -19,7 +19,7 @@ TINY = PRESETS["tiny"]
 
 @pytest.mark.parametrize("chunk_bytes", [1 << 30, 5000])
 def test_chunked_cross_entropy_equals_whole_logits(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(losses_room, "CHUNK_BYTES", {"cpu": chunk_bytes})
+    monkeypatch.setattr(losses_room, "CACHED_BYTES", chunk_bytes)
     torch.manual_seed(0)
     h, w, targets = torch.randn(37, 24), torch.randn(50, 24), torch.randint(50, (37,))
     targets[[3, 36]] = -100

@@ -9,7 +9,6 @@
  * Shapes: L tokens of a segment, K query and key dims, V value dims (multiples of 16).
  */
 #include "tiles.h"
-#include <omp.h>
 
 /* C [keys, dims] += Pᵀ X over rows: both packed by rows, so that no tile is ever transposed. */
 static void mix_transposed(i64 rows, i64 keys, const bf16 *P, const bf16 *X, i64 dims, float *C) {
@@ -94,9 +93,6 @@ static i64 longest(const i64 *starts, i64 segments) {
     for (i64 s = 0; s < segments; s++) most = starts[s + 1] - starts[s] > most ? starts[s + 1] - starts[s] : most;
     return (most + TILE - 1) / TILE * TILE;
 }
-
-/* One aligned piece for each thread; `bytes` a multiple of 64. Null where memory ran out. */
-static char *pieces(i64 bytes) { return aligned_alloc(64, bytes * omp_get_max_threads()); }
 
 /* q [T, H, K], k [T, G, K], v [T, G, V] → o [T, H, V] and lse [T, H]; dense; H a multiple of G; starts has
  * segments + 1, and counts `rows`: a segment's are `shared` ones, of the first segment before it that shares nothing,

@@ -5,13 +5,10 @@
  * products of any number of rows run near the processor's peak. Inner dimensions and columns are multiples of 16.
  */
 #include "panels.h"
-#include <omp.h>
 
 #define TOGETHER 384 /* rows that a packed panel serves before the next task */
 #define INNER 256    /* rows that a matrix's gradient sums at a time */
 #define OUTPUTS 192  /* of its own rows, a task */
-
-static char *rooms(i64 bytes) { return aligned_alloc(64, bytes * omp_get_max_threads()); }
 
 /* Which block task `at` falls into, when block e has tasks first[e] to first[e + 1]. */
 static i64 block_of(const i64 *first, i64 E, i64 at) {
@@ -26,11 +23,11 @@ static i64 block_of(const i64 *first, i64 E, i64 at) {
 
 /* y [M, N] = x [M, K], rows xs apart, times matrix e of w [E, N, K] transposed, or of w [E, K, N] if `as_stored`.
  * Gives 0, or 1 where memory ran out. */
-int grouped_rows(const bf16 *x, i64 xs, const bf16 *w, int64_t as_stored, const i64 *starts, i64 E, i64 K, i64 N,
+int grouped_rows(const bf16 *x, i64 xs, const bf16 *w, i64 as_stored, const i64 *starts, i64 E, i64 K, i64 N,
                  bf16 *y) {
     i64 panels = ceil_div(N, PANEL), bytes = 2 * PANEL * K;
     i64 *first = malloc((E + 1) * sizeof(i64));
-    char *memory = rooms(bytes);
+    char *memory = pieces(bytes);
     if (!first || !memory) return free(first), free(memory), 1;
     first[0] = 0;
     for (i64 e = 0; e < E; e++) first[e + 1] = first[e] + panels * ceil_div(starts[e + 1] - starts[e], TOGETHER);
@@ -60,7 +57,7 @@ int grouped_rows(const bf16 *x, i64 xs, const bf16 *w, int64_t as_stored, const 
 int grouped_matrices(const bf16 *dy, i64 ds, const bf16 *x, i64 xs, const i64 *starts, i64 E, i64 N, i64 K, bf16 *dw) {
     i64 panels = ceil_div(K, PANEL), parts = ceil_div(N, OUTPUTS), wide = least(N, OUTPUTS);
     i64 packed = 2 * INNER * (PANEL + wide), bytes = packed + 4 * PANEL * wide;
-    char *memory = rooms(bytes);
+    char *memory = pieces(bytes);
     if (!memory) return 1;
 #pragma omp parallel for schedule(dynamic)
     for (i64 task = 0; task < E * panels * parts; task++) {

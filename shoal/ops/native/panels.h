@@ -3,12 +3,16 @@
  */
 #pragma once
 #include "kernels.h"
+#include <omp.h>
 
 #define PANEL 64    /* columns */
 #define MOST_ROWS 6 /* that meet a panel at a time */
 
 INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+/* One aligned piece for each thread; `bytes` a multiple of 64. Null where memory ran out. */
+static char *pieces(i64 bytes) { return aligned_alloc(64, bytes * omp_get_max_threads()); }
+
 INLINE __m512bh pairs(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
 /* 16 rows of D pieces of 4 bytes, D apart, as 16 columns of a panel [D][PANEL]. */

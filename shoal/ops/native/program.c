@@ -13,7 +13,6 @@
  */
 #include "draws.h"
 #include "paged.h"
-#include <omp.h>
 #include <sched.h>
 
 #define ROWS 256  /* in a task, of many */
